@@ -1,0 +1,87 @@
+"""The command `ml-convert`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ml_convert.request import Request
+from ml_models import flags
+
+if TYPE_CHECKING:
+    from ml_convert.conversion import Progress, Report
+
+PROG = "ml-convert"
+DESCRIPTION = """Convert model weights between Hugging Face and Megatron-Core, for any tensor- and
+pipeline-parallel layout. Needs neither the model nor torch, and little memory."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    return flags.run_command(PROG, lambda: _run(words))
+
+
+def _run(argv: Sequence[str]) -> int:
+    request = flags.parse(Request, argv, prog=PROG, description=DESCRIPTION)
+    from ml_convert.conversion import convert
+    from ml_convert.errors import VerificationError
+
+    logging.basicConfig(level=logging.WARNING, format=f"{PROG}: %(message)s", stream=sys.stderr)
+    try:
+        with _progress_bar() as progress:
+            report = convert(request, progress=progress)
+    except VerificationError as error:
+        print(f"{PROG}: {error}", file=sys.stderr)
+        return 1
+    _print(report, request)
+    return 0
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Progress | None]:
+    """Show how far the work is, on a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bars("{task.description}", *columns, console=Console(stderr=True)) as bars:
+        tasks = {}
+
+        def progress(what: str, nbytes: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.advance(tasks[what], nbytes)
+
+        yield progress
+
+
+def _print(report: Report, request: Request) -> None:
+    if request.dry_run:
+        for file in report.files:
+            print(f"{_size(file.size):>10}  {file.tensors:5} tensors  {report.path / file.name}")
+    done = "would write" if request.dry_run else "compared" if request.verify_only else "wrote"
+    padding = f", {_size(report.padding)} of padding" if report.padding else ""
+    verified = ", verified bit by bit" if report.verified else ""
+    print(
+        f"{done} {report.path}: {report.parameters / 1e6:,.1f} million parameters in "
+        f"{len(report.files)} file{'s' * (len(report.files) != 1)} "
+        f"({_size(sum(file.size for file in report.files))}{padding}) from {report.source}, "
+        f"{report.seconds:.1f} s{verified}"
+    )
+
+
+def _size(nbytes: int) -> str:
+    size, unit = float(nbytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

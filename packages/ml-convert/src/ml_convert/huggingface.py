@@ -1,0 +1,210 @@
+"""Hugging Face model directories: config.json, one or more weight files, and a tokenizer.
+
+    config.json
+    model.safetensors                         or several files and an index of what is in which:
+    model-00001-of-00003.safetensors, ...     model.safetensors.index.json
+    tokenizer.json, ...                       copied as they are
+
+Weights in `pytorch_model.bin` files are read, too. No code of a model is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_convert import ptfile, safetensors_file
+from ml_convert.binding import bind
+from ml_convert.errors import ConversionError
+from ml_convert.layout import Layout, Rectangle, Stored, matrix
+from ml_convert.pickles import TensorPickle
+from ml_convert.source import Source
+from ml_convert.tensor import Extent
+from ml_models import registry
+from ml_models.architecture import Architecture
+from ml_models.families.family import Family
+from ml_models.weights import EMBEDDING, OUTPUT_LAYER
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_WEIGHTS = (INDEX, SINGLE, "pytorch_model.bin.index.json", "pytorch_model.bin")
+
+
+def layout(family: Family, arch: Architecture, files: Mapping[str, str]) -> Layout:
+    """Describe how a Hugging Face model stores its weights.
+
+    Args:
+        family: Its family.
+        arch: Its description.
+        files: File of each tensor by name. If embeddings are tied and the output layer is there
+            all the same, it counts as a copy.
+    """
+    shapes = family.tensors(arch)
+    index = {name: number for number, name in enumerate(shapes)}
+    rectangles: dict[str, list[Rectangle]] = {}
+    holds: dict[str, str] = {}
+    for piece in family.pieces(arch):
+        tensor, columns = index[piece.hf_name], matrix(shapes[piece.hf_name])[1]
+        rectangle = Rectangle(tensor, piece.hf_row, piece.row, 0, piece.rows, columns)
+        rectangles.setdefault(piece.name, []).append(rectangle)
+        holds[piece.hf_name] = piece.name
+    tensors = [Stored(files.get(n, ""), n, shape, holds[n]) for n, shape in shapes.items()]
+    copy = output_layer(family, arch)
+    if copy in files and not arch.untie_embeddings_and_output_weights:
+        (original,) = rectangles[EMBEDDING]
+        stored = tensors[original.tensor]
+        tensors.append(stored._replace(file=files[copy], name=copy, copy_of=original.tensor))
+        rectangles[EMBEDDING].append(original._replace(tensor=len(tensors) - 1))
+    return Layout(
+        tensors=tuple(tensors),
+        rectangles={name: tuple(found) for name, found in rectangles.items()},
+    )
+
+
+def output_layer(family: Family, arch: Architecture) -> str:
+    """Return the name of the output layer, whether or not the model has one of its own."""
+    (rule,) = (rule for rule in family.rules if f"{rule.module}.weight" == OUTPUT_LAYER)
+    (part,) = rule.parts(arch, arch.vocab_size)
+    return f"{part.hf_module}.weight"
+
+
+# Reading
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Tell whether a directory looks like a Hugging Face model."""
+    return any((path / name).is_file() for name in (CONFIG, *_WEIGHTS))
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read config.json.
+
+    Raises:
+        ConversionError: It is missing or no JSON object.
+    """
+    return read_json(directory / CONFIG)
+
+
+def family(name: str) -> Family:
+    """Find a family by the name that was given on the command line.
+
+    Raises:
+        ConversionError: It is unknown.
+    """
+    try:
+        return registry.family(name)
+    except ValueError as error:
+        raise ConversionError(f"--model-type-hf {name}: {error}") from None
+
+
+def describe(
+    directory: Path, config: Mapping[str, object], model_type: str | None
+) -> tuple[Family, Architecture]:
+    """Find the family of a config.json, unless it is given, and translate it.
+
+    Raises:
+        ConversionError: The family is unknown, or cannot represent the model.
+    """
+    try:
+        found = family(model_type) if model_type else registry.family_for(config)
+        return found, found.from_hf(config)
+    except ConversionError:
+        raise
+    except ValueError as error:
+        raise ConversionError(f"{directory}: {error}") from None
+
+
+def open_model(directory: Path, *, model_type: str | None) -> Source:
+    """Open a model.
+
+    Raises:
+        ConversionError: It is damaged, incomplete, or of a kind that is not supported.
+    """
+    config = read_config(directory)
+    known, arch = describe(directory, config, model_type)
+    found = {
+        (file, name): extent
+        for file, tensors in _read_weights(directory).items()
+        for name, extent in tensors.items()
+        if not known.ignores(name)
+    }
+    files = {name: file for file, name in found}
+    if arch.untie_embeddings_and_output_weights and output_layer(known, arch) not in files:
+        raise ConversionError(
+            f"{directory}: has no {output_layer(known, arch)}, though its {CONFIG} does not say "
+            "tie_word_embeddings: true"
+        )
+    return Source(
+        path=directory,
+        arch=arch,
+        family=known,
+        checkpoint=bind(layout(known, arch, files), found, directory),
+        config=config,
+    )
+
+
+def _read_weights(directory: Path) -> dict[str, dict[str, Extent]]:
+    """Find all tensors by file and name."""
+    for name in _WEIGHTS:
+        if (directory / name).is_file():
+            return (
+                _read_indexed(directory, name)
+                if name.endswith(".json")
+                else {name: _read_file(directory / name)}
+            )
+    raise ConversionError(f"{directory}: holds none of {', '.join(_WEIGHTS)}")
+
+
+def _read_indexed(directory: Path, index: str) -> dict[str, dict[str, Extent]]:
+    """Read the files of an index, and check that it and they name the same tensors."""
+    weight_map = read_json(directory / index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ConversionError(f"{directory / index}: has no weight_map")
+    names: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise ConversionError(f"{directory / index}: {file!r} is no name of a file beside it")
+        names.setdefault(file, set()).add(name)
+    found = {}
+    for file, expected in names.items():
+        if not (directory / file).is_file():
+            raise ConversionError(f"{directory / file}: missing, though {index} lists it")
+        found[file] = _read_file(directory / file)
+        odd = sorted(expected ^ found[file].keys())
+        if odd:
+            where = "is not in it" if odd[0] in expected else f"is not listed in {index}"
+            raise ConversionError(f"{directory / file}: {odd[0]} {where}")
+    return found
+
+
+def _read_file(path: Path) -> dict[str, Extent]:
+    if path.suffix == ".safetensors":
+        return safetensors_file.read(path)
+    saved = ptfile.read(path)
+    if not isinstance(saved.value, dict):
+        raise ConversionError(f"{path}: holds no state dict")
+    return {
+        name: saved.extent(value)
+        for name, value in saved.value.items()
+        if isinstance(value, TensorPickle)
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ConversionError: The file is missing or holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ConversionError(f"{path}: missing") from None
+    except ValueError as error:
+        raise ConversionError(f"{path}: no JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path}: holds no JSON object")
+    return content

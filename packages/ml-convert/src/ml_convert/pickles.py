@@ -1,0 +1,253 @@
+"""The pickles inside of `torch.save` files, read without executing them and written without torch.
+
+A pickle is a program: it names functions and asks for them to be called. `load` resolves the few
+names that describe tensors, and gives every other name a stand-in that keeps what it is called with
+and does nothing. So it reads checkpoints whose classes are not installed, or exist no more, and a
+malicious file has no effect. `dump` writes plain values and tensors as `torch.save` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import pickle
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from ml_convert.errors import ConversionError
+from ml_convert.tensor import DTYPES, Dtype
+
+
+class TensorPickle(NamedTuple):
+    """A tensor as a pickle describes it: a part of a storage, whose bytes lie elsewhere."""
+
+    dtype: Dtype
+    shape: tuple[int, ...]
+    storage: str
+    """Key of the storage."""
+    offset: int = 0
+    """First element within the storage."""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+class Opaque:
+    """Stands in for an object of a class that is not resolved; keeps its content, does nothing."""
+
+    name = "unknown"
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Opaque:
+        """Keep the arguments that the class would have been called with."""
+        made = super().__new__(cls)
+        made.content = [args, kwargs]
+        return made
+
+    content: list[Any]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Opaque:
+        """Be the result of calling the object."""
+        return type(self)(self, *args, **kwargs)
+
+    def __setstate__(self, state: Any) -> None:
+        self.content.append(state)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.content.append((key, value))
+
+    def append(self, item: Any) -> None:
+        """Keep what would have been appended."""
+        self.content.append(item)
+
+    def extend(self, items: Any) -> None:
+        """Keep what would have been appended."""
+        self.content.extend(items)
+
+    def __repr__(self) -> str:
+        return f"<{self.name}, not loaded>"
+
+
+def load(content: bytes, where: str) -> Any:
+    """Read a pickle of a `torch.save` file, with a TensorPickle for each tensor.
+
+    Raises:
+        ConversionError: It is damaged, or holds tensors that are not contiguous.
+    """
+    try:
+        return _InertUnpickler(io.BytesIO(content)).load()
+    except ConversionError as error:
+        raise ConversionError(f"{where}: {error}") from None
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise ConversionError(f"{where}: its pickle is damaged ({error!r})") from None
+
+
+class _Storage(NamedTuple):
+    dtype: Dtype
+    key: str
+    numel: int
+
+
+class _InertUnpickler(pickle.Unpickler):
+    """Resolves names to data of this module only."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
+        if module == "torch" and name in DTYPES:
+            return name
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        return type("Opaque", (Opaque,), {"name": f"{module}.{name}"})
+
+    def persistent_load(self, pid: Any) -> Any:
+        kind, storage_type, key, _location, numel = pid
+        if kind != "storage":
+            raise ConversionError(f"unknown persistent id {kind!r}")
+        if not isinstance(storage_type, Dtype):
+            raise ConversionError(f"tensors of type {storage_type!r} are not supported")
+        return _Storage(storage_type, str(key), int(numel))
+
+
+def _rebuild_tensor(
+    storage: Any, offset: Any, shape: Any, stride: Any, *_ignored: Any
+) -> TensorPickle:
+    found = TensorPickle(storage.dtype, tuple(map(int, shape)), storage.key, int(offset))
+    if found.numel and not _is_contiguous(found.shape, tuple(stride)):
+        raise ConversionError(f"a tensor of shape {found.shape} is not contiguous")
+    if min(found.offset, *found.shape, 0) < 0 or found.offset + found.numel > storage.numel:
+        raise ConversionError(f"a tensor of shape {found.shape} reaches beyond its storage")
+    return found
+
+
+def _rebuild_parameter(data: Any, *_ignored: Any) -> Any:
+    return data
+
+
+def _rebuild_from_type(function: Any, _type: Any, arguments: Any, _state: Any) -> Any:
+    known = function in (_rebuild_tensor, _rebuild_parameter)
+    return function(*arguments) if known else Opaque(function, arguments)
+
+
+def _is_contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    dense = zip(shape, stride, _contiguous(shape), strict=True)
+    return all(found == needed for size, found, needed in dense if size != 1)
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+_KNOWN: Mapping[tuple[str, str], Any] = {
+    ("argparse", "Namespace"): argparse.Namespace,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
+}
+_STORAGES = {dtype.torch_storage: dtype for dtype in DTYPES.values()}
+
+
+def dump(value: Any) -> bytes:
+    """Write a pickle of protocol 2 that `torch.load` reads, also with `weights_only=True`.
+
+    Args:
+        value: Any nesting of dict, list, tuple, argparse.Namespace, None, bool, int, float, str and
+            TensorPickle.
+    """
+    out = bytearray(b"\x80\x02")
+    _emit(out, value)
+    return bytes(out + b".")
+
+
+def _emit(out: bytearray, value: Any) -> None:
+    emit = _EMIT.get(type(value))
+    if emit is None:
+        raise TypeError(f"values of type {type(value).__name__} cannot be written")
+    emit(out, value)
+
+
+def _emit_bool(out: bytearray, value: bool) -> None:
+    out += b"\x88" if value else b"\x89"
+
+
+def _emit_int(out: bytearray, value: int) -> None:
+    if -(1 << 31) <= value < 1 << 31:
+        out += b"J" + struct.pack("<i", value)
+    else:
+        content = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+        out += b"\x8a" + struct.pack("<B", len(content)) + content
+
+
+def _emit_float(out: bytearray, value: float) -> None:
+    out += b"G" + struct.pack(">d", value)
+
+
+def _emit_str(out: bytearray, value: str) -> None:
+    content = value.encode()
+    out += b"X" + struct.pack("<I", len(content)) + content
+
+
+def _emit_tuple(out: bytearray, value: tuple[Any, ...]) -> None:
+    out += b"("
+    for item in value:
+        _emit(out, item)
+    out += b"t"
+
+
+def _emit_list(out: bytearray, value: list[Any]) -> None:
+    out += b"]("
+    for item in value:
+        _emit(out, item)
+    out += b"e"
+
+
+def _emit_dict(out: bytearray, value: dict[Any, Any]) -> None:
+    out += b"}("
+    for key, item in value.items():
+        _emit(out, key)
+        _emit(out, item)
+    out += b"u"
+
+
+def _emit_namespace(out: bytearray, value: argparse.Namespace) -> None:
+    out += b"cargparse\nNamespace\n)\x81"
+    _emit_dict(out, vars(value))
+    out += b"b"
+
+
+def _emit_tensor(out: bytearray, value: TensorPickle) -> None:
+    """A call of torch._utils._rebuild_tensor_v2, whose storage is a persistent id."""
+    out += b"ctorch._utils\n_rebuild_tensor_v2\n(("
+    _emit_str(out, "storage")
+    out += f"ctorch\n{value.dtype.torch_storage}\n".encode()
+    _emit_str(out, value.storage)
+    _emit_str(out, "cpu")
+    _emit_int(out, value.numel)
+    out += b"tQ"
+    _emit_int(out, value.offset)
+    _emit_tuple(out, value.shape)
+    _emit_tuple(out, _contiguous(value.shape))
+    _emit_bool(out, False)
+    out += b"ccollections\nOrderedDict\n)RtR"
+
+
+_EMIT: Mapping[type, Callable[[bytearray, Any], None]] = {
+    type(None): lambda out, _value: out.extend(b"N"),
+    bool: _emit_bool,
+    int: _emit_int,
+    float: _emit_float,
+    str: _emit_str,
+    tuple: _emit_tuple,
+    list: _emit_list,
+    dict: _emit_dict,
+    argparse.Namespace: _emit_namespace,
+    TensorPickle: _emit_tensor,
+}

@@ -1,0 +1,144 @@
+"""The command: its flags, its messages, its exit codes, and how fast it answers."""
+
+import contextlib
+import os
+import pty
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ml_convert.cli import main
+
+
+def words(hf, tmp_path, *more, save_format="mcore"):
+    paths = ["--load-dir", hf.path, "--save-dir", tmp_path / "out", "--save-format", save_format]
+    return [str(word) for word in (*paths, *more)]
+
+
+def test_a_conversion_prints_one_line(tmp_path, make_hf, capsys):
+    flags = ("--target-tensor-parallel-size", 2, "--num-layer-list", "1,3", "--verify")
+    flags += ("--target-pipeline-parallel-size", 2)
+    assert main(words(make_hf(), tmp_path, *flags)) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"wrote {tmp_path}/out/release: 0.0 million parameters in 4 files (")
+    assert "KiB of padding) from" in out
+    assert out.endswith("verified bit by bit\n")
+    assert len(out.splitlines()) == 1
+
+
+def test_a_dry_run_lists_the_files(tmp_path, make_hf, capsys):
+    assert main(words(make_hf(), tmp_path, "--dry-run", "--tensor-model-parallel-size", 2)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[:2]] == [
+        f"{tmp_path}/out/mp_rank_00/model_optim_rng.pt",
+        f"{tmp_path}/out/mp_rank_01/model_optim_rng.pt",
+    ]
+    assert lines[2].startswith("would write ")
+
+
+def test_flags_may_come_from_a_file(tmp_path, make_hf, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"load-dir: {make_hf().path}\nsave-format: hf\nmax-shard-size: 10KB\n")
+    assert main(["--config", str(config), "--save-dir", str(tmp_path / "out")]) == 0
+    assert "files (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--target-tensor-parallel-size", 3), "--target-tensor-parallel-size 3: must divide"),
+        (("--target-tensor-paralel-size", 3), "did you mean --target-tensor-parallel-size?"),
+        (("--params-dtype", "fp8"), "--params-dtype"),
+        (("--num-layer-list", "1,3"), "--num-layer-list 1,3: needs at least 2 pipeline stages"),
+        (("--load-dir", "nowhere"), "--load-dir nowhere: no such directory"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, make_hf, capsys, more, message):
+    assert main(words(make_hf(), tmp_path, *more)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("ml-convert: ")
+    assert message in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_verification_is_one_line_and_exit_code_1(tmp_path, make_hf, capsys):
+    hf = make_hf()
+    assert main(words(hf, tmp_path, save_format="hf")) == 0
+    path = tmp_path / "out" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    capsys.readouterr()
+    assert main(words(hf, tmp_path, "--verify-only", save_format="hf")) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("ml-convert: ")
+    assert "differs from" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_directory_that_cannot_be_written_is_one_line_and_exit_code_1(tmp_path, make_hf, capsys):
+    blocked = tmp_path / "file"
+    blocked.write_text("x")
+    flags = words(make_hf(), tmp_path, "--save-dir", blocked / "out")
+    assert main(flags) == 1
+    assert capsys.readouterr().err.startswith("ml-convert: Not a directory")
+
+
+def test_help_answers_quickly_and_imports_nothing_heavy():
+    code = (
+        "import sys; from ml_convert.cli import main; code = main(['--help']);"
+        "print(sorted({'torch', 'megatron', 'transformers', 'rich'} "
+        "& set(sys.modules)), code, file=sys.stderr)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stderr.split()[-1] == "0"
+    assert not {"torch", "megatron", "transformers", "rich"} & set(done.stderr.split("'"))
+    # of the processor: the machine may be busy with other tests
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.8
+
+
+def test_importing_the_package_loads_nothing():
+    code = "import sys, ml_convert; print(sorted(m for m in sys.modules if m.startswith('ml_')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "['ml_convert']\n"
+
+
+def test_the_module_runs_as_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "ml_convert", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("ml-convert ")
+
+
+def test_a_progress_bar_is_shown_on_a_terminal(tmp_path, make_hf):
+    ours, theirs = pty.openpty()
+    words_ = [sys.executable, "-m", "ml_convert", *words(make_hf(), tmp_path, "--verify")]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    run = subprocess.Popen(words_, stdout=subprocess.PIPE, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal ends with an error when nobody writes to it
+        while content := os.read(ours, 1 << 16):
+            shown += content
+    os.close(ours)
+    out, _ = run.communicate(timeout=30)
+    assert run.returncode == 0
+    assert all(what in shown for what in (b"converting", b"verifying", b"hashing"))
+    assert out.startswith(b"wrote ")
+
+
+def test_the_api_of_the_package_is_complete():
+    import ml_convert
+
+    for name in ml_convert.__all__:
+        assert getattr(ml_convert, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        _ = ml_convert.missing
+    assert Path(ml_convert.__file__).name == "__init__.py"

@@ -1,0 +1,1 @@
+"""Raw text to the token files that Megatron trains on."""

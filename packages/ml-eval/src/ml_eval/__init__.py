@@ -1,0 +1,1 @@
+"""Generation, chat and evaluation of large language models."""

@@ -1,0 +1,1 @@
+"""Model families, one file each: `config.json` both ways, and where the weights go."""

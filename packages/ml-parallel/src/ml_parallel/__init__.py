@@ -1,0 +1,1 @@
+"""Devices, process topology and checkpoints for training on megatron-core."""

@@ -1,0 +1,306 @@
+"""Checkpoint directories of Megatron: their names, and writing them whole or not at all.
+
+A checkpoint is written under a temporary name, synced, renamed, and only then does the tracker
+file move to it. A kill, a full disk or a power cut at any moment leaves the last checkpoint as it
+was; what is left of the unfinished one is removed by the next `begin`. A manifest goes with it
+(`ml_parallel.manifest`), so a file that was torn, changed or lost later is found and named.
+
+    <root>/latest_checkpointed_iteration.txt       the tracker: "10", or "release"
+    <root>/iter_0000010/manifest.json
+    <root>/iter_0000010/mp_rank_00_001/model_optim_rng.pt
+    <root>/iter_0000020.tmp-<host>-<pid>/          being written, or left over by a dead writer
+
+One process calls `begin` and `commit`; every rank may write files in between and `record` them:
+
+    temporary = begin(root, 10)
+    torch.save(state, temporary / "mp_rank_00" / MODEL_FILE)
+    commit(temporary, [record(temporary / "mp_rank_00" / MODEL_FILE)], tensor_model_parallel_size=1)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from ml_parallel import durable
+from ml_parallel.manifest import (
+    MANIFEST,
+    MODEL_FILE,
+    CheckpointError,
+    FileEntry,
+    Iteration,
+    Manifest,
+    read_manifest,
+    record,
+    verify,
+    write_manifest,
+)
+
+__all__ = [
+    "MANIFEST",
+    "MODEL_FILE",
+    "TRACKER",
+    "CheckpointError",
+    "FileEntry",
+    "Iteration",
+    "Manifest",
+    "begin",
+    "candidates",
+    "commit",
+    "discard",
+    "iteration_directory",
+    "latest",
+    "prune",
+    "rank_directory",
+    "read_manifest",
+    "read_tracker",
+    "record",
+    "verify",
+]
+
+logger = logging.getLogger(__name__)
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+_FINAL = re.compile(r"iter_([0-9]{7,})|release")
+_TEMPORARY = re.compile(r"(iter_[0-9]{7,}|release)\.(?:tmp|old)-(.+)-([0-9]{1,9})")
+_UNTOUCHED_S = 3600.0  # a writer on another host cannot be asked whether it lives
+
+
+# Names
+
+
+def rank_directory(
+    *, tp_rank: int, pp_rank: int, pp_size: int, ep_rank: int = 0, ep_size: int = 1
+) -> str:
+    """Return the directory of a model-parallel rank, such as "mp_rank_00" or "mp_rank_00_001"."""
+    name = f"mp_rank_{tp_rank:02d}"
+    if pp_size > 1:
+        name += f"_{pp_rank:03d}"
+    if ep_size > 1:
+        name += f"_{ep_rank:03d}"
+    return name
+
+
+def iteration_directory(iteration: Iteration) -> str:
+    """Return "iter_0000010" for 10, and "release" for "release"."""
+    if iteration == "release":
+        return "release"
+    if not isinstance(iteration, int) or iteration < 0:
+        raise ValueError(f'an iteration is a number from 0 up or "release", not {iteration!r}')
+    return f"iter_{iteration:07d}"
+
+
+def _iteration_of(name: str) -> Iteration | None:
+    match = _FINAL.fullmatch(name)
+    if match is None:
+        return None
+    return int(match[1]) if match[1] else "release"
+
+
+# Writing
+
+
+def begin(root: Path, iteration: Iteration) -> Path:
+    """Create and return the temporary directory of a new checkpoint.
+
+    What dead writers left in `root` is removed first, and what this process left of the same
+    iteration.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    name = iteration_directory(iteration)
+    for path in root.iterdir():
+        if _is_left_over(path, rewritten=name):
+            logger.info("removing %s, left over by an interrupted writer", path)
+            shutil.rmtree(path, ignore_errors=True)
+    temporary = root / f"{name}.tmp-{_writer()}"
+    temporary.mkdir()
+    return temporary
+
+
+def commit(temporary: Path, files: Iterable[FileEntry], **metadata: Any) -> Path:
+    """Turn a temporary directory into the latest checkpoint; return its final name.
+
+    A checkpoint that already has that name is replaced.
+
+    Args:
+        temporary: What `begin` returned.
+        files: The `record` of every file in it, of all ranks.
+        metadata: JSON values to keep in the manifest.
+
+    Raises:
+        CheckpointError: The files in the directory are not those recorded.
+        OSError: The disk is full, or similar. What was the latest checkpoint before still is.
+    """
+    final = temporary.with_name(_final_name(temporary))
+    iteration = _iteration_of(final.name)
+    assert iteration is not None
+    write_manifest(temporary, iteration, files, metadata)
+    aside = final.with_name(f"{final.name}.old-{_writer()}")
+    replaced = durable.publish(temporary, final, aside=aside)
+    durable.write(final.with_name(TRACKER), str(iteration).encode())
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def discard(temporary: Path) -> None:
+    """Remove a temporary directory that will not be committed, as when the disk is full."""
+    _final_name(temporary)
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def prune(root: Path, keep: int) -> list[Path]:
+    """Remove the oldest iterations of `root`, keeping the newest `keep`; return those removed.
+
+    The tracker's target and "release" always stay, and only whole checkpoints count as kept.
+    """
+    if keep < 1:
+        raise ValueError(f"at least 1 checkpoint has to stay, not {keep}")
+    iterations = [path for path in sorted(_checkpoints(root), key=_step) if path.name != "release"]
+    whole = [path for path in iterations if _is_whole(path)]
+    tracked = _tracked(root)
+    removed = []
+    for path in iterations[: iterations.index(whole[-keep])] if len(whole) > keep else []:
+        if path != tracked:
+            nameless = path.with_name(f"{path.name}.old-{_writer()}")
+            path.rename(nameless)  # a kill during the removal leaves nothing that looks complete
+            shutil.rmtree(nameless)
+            removed.append(path)
+    return removed
+
+
+def _final_name(temporary: Path) -> str:
+    match = _TEMPORARY.fullmatch(temporary.name)
+    if match is None:
+        raise CheckpointError(f"{temporary} is not a directory made by begin()")
+    return match[1]
+
+
+# Reading
+
+
+def candidates(root: Path) -> list[Path]:
+    """Return the checkpoints of `root` in the order to try: the tracker's, then newest first.
+
+    The tracker's target is listed even if it does not exist, so that its loss is noticed.
+    """
+    found = sorted(_checkpoints(root), key=_step, reverse=True)
+    tracked = _tracked(root)
+    return found if tracked is None else [tracked, *(path for path in found if path != tracked)]
+
+
+def latest(root: Path, on_skip: Callable[[Path, str], None], *, hashes: bool = True) -> Path | None:
+    """Return the first of `candidates` that verifies, or None.
+
+    Args:
+        root: Directory of checkpoints.
+        on_skip: Called with each path passed over and why: a damaged checkpoint or tracker.
+        hashes: Read every file, rather than look at sizes only.
+    """
+    try:
+        read_tracker(root)
+    except CheckpointError as error:
+        on_skip(root / TRACKER, str(error))
+    for path in candidates(root):
+        try:
+            if not verify(path, hashes=hashes):
+                logger.warning("%s has no %s: its content is not verified", path, MANIFEST)
+            return path
+        except (CheckpointError, OSError) as error:
+            on_skip(path, str(error))
+    return None
+
+
+def read_tracker(root: Path) -> Iteration | None:
+    """Return the iteration that the tracker file names, or None without such a file.
+
+    Raises:
+        CheckpointError: It holds something else.
+    """
+    path = root / TRACKER
+    try:
+        text = path.read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    if text == "release":
+        return "release"
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise CheckpointError(f'{path} holds {text[:40]!r}, neither an iteration nor "release"')
+    return int(text)
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    return [path for path in root.iterdir() if path.is_dir() and _FINAL.fullmatch(path.name)]
+
+
+def _step(path: Path) -> int:
+    """Sort key: "release" before all iterations."""
+    iteration = _iteration_of(path.name)
+    return iteration if isinstance(iteration, int) else -1
+
+
+def _tracked(root: Path) -> Path | None:
+    try:
+        iteration = read_tracker(root)
+    except CheckpointError:
+        return None
+    return None if iteration is None else root / iteration_directory(iteration)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        verify(path, hashes=False)
+    except CheckpointError:
+        return False
+    return True
+
+
+# Left-overs
+
+
+def _writer() -> str:
+    return f"{_host()}-{os.getpid()}"
+
+
+def _host() -> str:
+    return re.sub(r"[^\w.-]", "_", socket.gethostname()) or "localhost"
+
+
+def _is_left_over(path: Path, *, rewritten: str) -> bool:
+    """Tell whether `path` is of a dead writer, or ours under the name `rewritten`."""
+    match = _TEMPORARY.fullmatch(path.name)
+    if match is None:
+        return False
+    name, host, pid = match[1], match[2], int(match[3])
+    if host != _host():
+        return _last_touched(path) < time.time() - _UNTOUCHED_S
+    if pid == os.getpid():
+        return name == rewritten
+    return not _is_alive(pid)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _last_touched(path: Path) -> float:
+    try:
+        return max(part.stat().st_mtime for part in (path, *path.rglob("*")))
+    except FileNotFoundError:
+        return time.time()  # somebody is at work there

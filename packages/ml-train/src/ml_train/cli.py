@@ -1,0 +1,23 @@
+"""`ml-train`: training of language models. A command's module is imported when it is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ml_models import flags
+
+COMMANDS = {
+    "pretrain": flags.Command(
+        summary="train a model on token files, from one CPU process to a cluster",
+        run="ml_train.pretrain:main",
+    ),
+    "report": flags.Command(
+        summary="show a run on one page: loss curve, speed, layout",
+        run="ml_train.report:main",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `ml-train` with `argv`, by default the process's; return the exit code."""
+    return flags.main("ml-train", "Train large language models.", COMMANDS, argv)

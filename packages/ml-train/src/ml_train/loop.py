@@ -1,0 +1,201 @@
+"""The training loop of one rank: build, resume, step, evaluate, save, stop.
+
+Everything a step depends on is a function of the run's flags and two counters (iteration and
+consumed samples): the batch, the learning rate, the dropout masks. So a resumed run needs only the
+weights, the optimizer's state and those counters to continue bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from ml_parallel.platform import Device
+from ml_train import checkpoint
+from ml_train.build import Built, build
+from ml_train.config import PretrainConfig
+from ml_train.data import Datasets, Samples, TokenBatches, build_datasets
+from ml_train.metrics import Reporter
+from ml_train.schedule import set_learning_rate
+from ml_train.signals import StopRequest
+from ml_train.state import Progress
+from ml_train.step import Batch, StepResult, evaluate, parameters_in_place, seed_step, train_step
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingFailedError(RuntimeError):
+    """The run cannot go on, through no fault of its flags."""
+
+
+class Trainer:
+    """One rank of a run."""
+
+    def __init__(self, config: PretrainConfig, device: Device) -> None:
+        self.config = config
+        self.device = device
+        self.built: Built = build(config)
+        self.progress = self._resume()
+        self.datasets = self._open_data()
+        self.reporter = self._reporter()
+        self.skipped_in_a_row = 0
+
+    def run(self, stop: StopRequest) -> None:
+        """Train until the last step, or until asked to stop; save at the end of either.
+
+        Raises:
+            TrainingFailedError: Too many steps in a row were skipped.
+            OSError: A checkpoint cannot be written.
+        """
+        last = self.config.training.train_iters
+        saved = self.progress.iteration
+        with self.reporter:
+            while self.progress.iteration < last:
+                stop_now = self._step(stop)
+                done = self.progress.iteration
+                if not stop_now and self._is_due(self.config.training.eval_interval):
+                    self._evaluate()
+                if done == last or stop_now or self._is_due(self.config.checkpoint.save_interval):
+                    self._save()
+                    saved = done
+                if stop_now:
+                    self.reporter.note(self._stopped(stop, saved))
+                    return
+
+    # Setting up
+
+    def _resume(self) -> Progress:
+        load = self.config.checkpoint.load
+        if load is None:
+            return Progress()
+        found = checkpoint.load(load, self.built.state)
+        if found is None:
+            if torch.distributed.get_rank() == 0:
+                logger.warning("--load %s holds no checkpoint yet: starting anew", load)
+            return Progress()
+        return found
+
+    def _open_data(self) -> Datasets:
+        training = self.config.training
+        batch = self.built.global_batch_size
+        steps = max(0, training.train_iters - self.progress.iteration)
+        samples = (
+            self.progress.consumed_samples + steps * batch,
+            training.eval_iters * batch,
+            0,
+        )
+        return build_datasets(
+            self.config.data,
+            seq_length=training.seq_length,
+            seed=training.seed,
+            samples=samples,
+        )
+
+    def _reporter(self) -> Reporter:
+        return Reporter(
+            self.config,
+            self.device,
+            active=torch.distributed.get_rank() == 0,
+            world_size=torch.distributed.get_world_size(),
+            padded_vocab_size=self.built.state.padded_vocab_size,
+            iteration=self.progress.iteration,
+        )
+
+    def _batches(self, dataset: Samples, consumed: int) -> Sequence[Iterator[Batch]]:
+        place, shape = self.built.place, self.built.shape
+        batches = TokenBatches(
+            dataset,
+            micro_batch_size=shape.micro_batch_size,
+            data_parallel_rank=place.dp_rank,
+            data_parallel_size=place.dp_size,
+            vocab_size=self.config.model.vocab_size,
+            device=self.device.torch,
+        )
+        return [batches.step(consumed, shape.num_microbatches) for _ in self.built.chunks]
+
+    # One step
+
+    def _step(self, stop: StopRequest) -> bool:
+        """Train one step and return whether to stop after it."""
+        started = time.perf_counter()
+        training, built = self.config.training, self.built
+        iteration = self.progress.iteration
+        rate = set_learning_rate(
+            built.optimizer,
+            self.config.learning_rate,
+            iteration=iteration,
+            train_iters=training.train_iters,
+        )
+        seed_step(training.seed, iteration, built.place)
+        scale = float(built.optimizer.get_loss_scale())
+        result = train_step(
+            built.chunks,
+            built.optimizer,
+            self._batches(self.datasets.train, self.progress.consumed_samples),
+            built.shape,
+            stop_requested=lambda: stop.received is not None,
+        )
+        self.progress = _advance(self.progress, result, built.global_batch_size)
+        self.reporter.step(
+            self.progress,
+            result,
+            learning_rate=rate,
+            loss_scale=scale,
+            elapsed_seconds=time.perf_counter() - started,
+        )
+        self._give_up_if_stuck(result)
+        return result.stop_requested
+
+    def _give_up_if_stuck(self, result: StepResult) -> None:
+        self.skipped_in_a_row = 0 if result.updated else self.skipped_in_a_row + 1
+        limit = self.config.training.max_skipped_iterations
+        if self.skipped_in_a_row >= limit:
+            self._save()
+            raise TrainingFailedError(
+                f"{limit} steps in a row were skipped for a NaN or Inf, up to step "
+                f"{self.progress.iteration} (loss {result.loss}, gradient norm "
+                f"{result.grad_norm}); the weights are those of the last good step. Lower --lr, "
+                f"check the data, or raise --max-skipped-iterations"
+            )
+
+    def _is_due(self, interval: int | None) -> bool:
+        return interval is not None and self.progress.iteration % interval == 0
+
+    def _evaluate(self) -> None:
+        if self.datasets.valid is None:
+            return
+        losses = []
+        with parameters_in_place(self.built.chunks):
+            for number in range(self.config.training.eval_iters):
+                consumed = number * self.built.global_batch_size
+                batches = self._batches(self.datasets.valid, consumed)
+                losses.append(evaluate(self.built.chunks, batches, self.built.shape))
+        self.reporter.evaluation(self.progress.iteration, math.fsum(losses) / len(losses))
+
+    def _save(self) -> None:
+        config = self.config.checkpoint
+        if config.save is None:
+            return
+        path = checkpoint.save(config.save, self.built.state, self.progress, keep=config.keep_last)
+        self.reporter.note(f"saved checkpoint {path}")
+
+    def _stopped(self, stop: StopRequest, saved: int) -> str:
+        cause = stop.received.name if stop.received else "a signal on another rank"
+        save = self.config.checkpoint.save
+        where = f"resume with --load {save}" if save else "nothing was saved: --save is not given"
+        return f"stopped by {cause} after step {saved}; {where}"
+
+
+def _advance(progress: Progress, result: StepResult, samples: int) -> Progress:
+    return replace(
+        progress,
+        iteration=progress.iteration + 1,
+        consumed_samples=progress.consumed_samples + samples,
+        skipped_iterations=progress.skipped_iterations + (not result.updated),
+        nan_iterations=progress.nan_iterations + (not math.isfinite(result.loss)),
+    )

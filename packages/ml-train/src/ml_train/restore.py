@@ -1,0 +1,249 @@
+"""Read a training checkpoint in whatever parallel layout it was written.
+
+One idea: `ml_models.weights.shard_runs` says where a rank's shard of a tensor lies in the whole
+tensor, for the layout that wrote and for the one that reads; copy where the two overlap. The same
+code resumes in the same layout, where the overlap is everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import pickle
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ml_models.architecture import Architecture
+from ml_models.flags import UsageError
+from ml_models.weights import (
+    EMBEDDING,
+    OUTPUT_LAYER,
+    Parameter,
+    local_name,
+    parameters,
+    shard_runs,
+)
+from ml_parallel.checkpoint import MODEL_FILE, rank_directory
+from ml_parallel.optimizer import STATES, OptimizerShard, optimizer_shards
+from ml_parallel.stages import stage_layers
+from ml_parallel.topology import Topology
+from ml_train.state import MAIN, Progress, TrainingState
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Fragments = list[dict[str, dict[str, Any]]]
+
+
+def restore(directory: Path, state: TrainingState) -> Progress:
+    """Copy a checkpoint into the model and the optimizer of `state`.
+
+    A checkpoint without optimizer shards, as `ml-convert` writes it, gives the weights only: the
+    run starts at step 0 from them.
+
+    Raises:
+        UsageError: The checkpoint is of another model, or cannot be read.
+    """
+    try:
+        source = _Source(directory)
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"--load {directory}: not a checkpoint of ml-train ({error!r})") from error
+    _check_same_model(directory, source.arch, state.arch)
+    table = {p.name: p for p in parameters(source.arch)}
+    shards = {id(shard.parameter): shard for shard in optimizer_shards(state.optimizer)}
+    for chunk in state.chunks:
+        for name, tensor in chunk.module.named_parameters():
+            whole_name = chunk.global_name(name)
+            # Tied embeddings have one entry, whichever stage keeps a copy as its output layer.
+            tied = whole_name == OUTPUT_LAYER and whole_name not in table
+            parameter = table[EMBEDDING if tied else whole_name]
+            _restore_parameter(tensor, shards.get(id(tensor)), parameter, source, state)
+    return _restore_run(source, state)
+
+
+@torch.no_grad()
+def _restore_parameter(
+    tensor: torch.Tensor,
+    shard: OptimizerShard | None,
+    parameter: Parameter,
+    source: _Source,
+    state: TrainingState,
+) -> None:
+    key = MAIN if source.has_main else None
+    weight = _assemble(parameter, source, state, partial(source.read, parameter, key))
+    tensor.copy_(weight)
+    if shard is None:
+        return
+    if tensor.dtype != torch.float32:
+        shard.main.view(-1).copy_(weight.view(-1)[shard.start : shard.stop])
+    if source.has_optimizer:
+        for moment in STATES:
+            whole = _assemble(parameter, source, state, partial(source.read, parameter, moment))
+            shard.state[moment].view(-1).copy_(whole.view(-1)[shard.start : shard.stop])
+        shard.state["step"].fill_(source.common["step"])
+
+
+def _restore_run(source: _Source, state: TrainingState) -> Progress:
+    if not source.has_optimizer:
+        logger.warning("%s holds weights only: starting from step 0", source.directory)
+        return Progress()
+    saved_batch = source.args.get("global_batch_size", state.global_batch_size)
+    if saved_batch != state.global_batch_size:
+        logger.warning(
+            "--global-batch-size was %d so far and is %d from here on",
+            saved_batch,
+            state.global_batch_size,
+        )
+    optimizers = state.optimizer.chained_optimizers
+    for inner, saved in zip(optimizers, source.common["grad_scaler"], strict=True):
+        if saved is not None and getattr(inner, "grad_scaler", None):
+            inner.grad_scaler.load_state_dict(saved)
+    return Progress(
+        iteration=int(source.common["iteration"]),
+        consumed_samples=int(source.args["consumed_train_samples"]),
+        skipped_iterations=int(source.args["skipped_iterations"]),
+        nan_iterations=int(source.args["nan_iterations"]),
+    )
+
+
+def _assemble(
+    parameter: Parameter,
+    source: _Source,
+    state: TrainingState,
+    read: Callable[[int, tuple[int, ...]], torch.Tensor],
+) -> torch.Tensor:
+    """Put together this rank's shard of a tensor from the shards of the ranks that wrote it."""
+    dim = parameter.split.dim if parameter.split else 0
+    shape, wanted = shard_runs(
+        parameter,
+        tp_size=state.place.tp_size,
+        tp_rank=state.place.tp_rank,
+        padded_vocab_size=state.padded_vocab_size,
+    )
+    whole = torch.zeros(shape)
+    writers = source.topology.tensor_model_parallel_size
+    for tp_rank in range(writers if parameter.split else 1):
+        source_shape, offered = shard_runs(
+            parameter,
+            tp_size=writers,
+            tp_rank=tp_rank,
+            padded_vocab_size=source.padded_vocab_size,
+        )
+        overlaps = [
+            (start + a.local_start - a.global_start, start + b.local_start - b.global_start, length)
+            for a in wanted
+            for b in offered
+            for start, length in [_overlap(a.global_start, a.length, b.global_start, b.length)]
+            if length > 0
+        ]
+        if overlaps:
+            tensor = read(tp_rank, source_shape)
+            for target, origin, length in overlaps:
+                whole.narrow(dim, target, length).copy_(tensor.narrow(dim, origin, length))
+    return whole
+
+
+def _overlap(start: int, length: int, other: int, other_length: int) -> tuple[int, int]:
+    low = max(start, other)
+    return low, min(start + length, other + other_length) - low
+
+
+class _Source:
+    """A checkpoint directory, opened in the layout that wrote it; tensors are memory-mapped."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        folders = sorted(directory.glob("mp_rank_*"))
+        if not folders:
+            raise UsageError(f"--load {directory}: holds no mp_rank_* directory")
+        self.common: dict[str, Any] = _load(folders[0] / MODEL_FILE)
+        self.args: Mapping[str, Any] = vars(self.common["args"])
+        self.arch = _from_args(Architecture, self.args)
+        self.topology = _from_args(Topology, self.args)
+        self.padded_vocab_size = int(self.args["padded_vocab_size"])
+        self.stages = stage_layers(self.arch.num_layers, self.topology)
+        self._models: dict[Path, dict[str, Any]] = {}
+        self._optimizers: dict[Path, Fragments] = {}
+        self.has_optimizer = any(folders[0].glob("optimizer_shard_*.pt"))
+        self.has_main = self.has_optimizer and self.args["params_dtype"] != "float32"
+
+    def read(
+        self, parameter: Parameter, key: str | None, tp_rank: int, shape: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Return a rank's shard of the weights (`key` None) or of an optimizer tensor."""
+        stage, chunk = self._position(parameter)
+        name = local_name(parameter.name, first_layer=self._first_layer(stage, chunk))
+        folder = self.directory / rank_directory(
+            tp_rank=tp_rank, pp_rank=stage, pp_size=len(self.stages)
+        )
+        if key is None:
+            tensor = self._model(folder, chunk)[name]
+        else:
+            tensor = self._flat(folder, parameter.name, key)
+        if tensor.numel() != torch.Size(shape).numel():
+            raise UsageError(
+                f"--load {folder}: {name} has {tensor.numel()} elements, "
+                f"{torch.Size(shape).numel()} expected"
+            )
+        return tensor.view(shape)
+
+    def _position(self, parameter: Parameter) -> tuple[int, int]:
+        if parameter.name == EMBEDDING:
+            return 0, 0
+        for stage, chunks in enumerate(self.stages):
+            for chunk, layers in enumerate(chunks):
+                if parameter.layer in layers:
+                    return stage, chunk
+        return len(self.stages) - 1, len(self.stages[-1]) - 1
+
+    def _first_layer(self, stage: int, chunk: int) -> int:
+        layers = self.stages[stage][chunk]
+        return layers.start if layers else 0
+
+    def _model(self, folder: Path, chunk: int) -> dict[str, torch.Tensor]:
+        if folder not in self._models:
+            self._models[folder] = _load(folder / MODEL_FILE)
+        several = len(self.stages[0]) > 1
+        return self._models[folder][f"model{chunk}" if several else "model"]
+
+    def _flat(self, folder: Path, name: str, key: str) -> torch.Tensor:
+        """Join what the data-parallel ranks hold of a flattened optimizer tensor."""
+        if folder not in self._optimizers:
+            files = sorted(folder.glob("optimizer_shard_*.pt"))
+            self._optimizers[folder] = [_load(path) for path in files]
+        parts = [shard[name] for shard in self._optimizers[folder] if name in shard]
+        parts.sort(key=lambda part: part["range"])
+        return torch.cat([part[key] for part in parts])
+
+
+def _load(path: Path) -> dict[str, Any]:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"--load {path}: not readable ({reason})") from error
+
+
+def _from_args(kind: type[T], args: Mapping[str, Any]) -> T:
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: args[name] for name in names if name in args})
+
+
+def _check_same_model(directory: Path, saved: Architecture, wanted: Architecture) -> None:
+    ignored = ("init_method_std", "max_position_embeddings")
+    different = [
+        f"--{field.name.replace('_', '-')} is {getattr(saved, field.name)} there, "
+        f"{getattr(wanted, field.name)} here"
+        for field in dataclasses.fields(Architecture)
+        if field.compare
+        and field.name not in ignored
+        and getattr(saved, field.name) != getattr(wanted, field.name)
+    ]
+    if different:
+        raise UsageError(f"--load {directory}: it is of another model: {'; '.join(different)}")

@@ -1,0 +1,216 @@
+"""One training step: forward and backward over the micro-batches, then an update or none.
+
+megatron-core runs the schedule and the optimizer. What is ours is the gate between them: the
+gradient norm and the loss are known and finite on every rank, or no rank touches its weights.
+
+Shapes: `B` micro-batch, `S` sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ml_parallel.groups import Place
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """What megatron-core's schedules need to know of a global batch."""
+
+    micro_batch_size: int
+    seq_length: int
+    num_microbatches: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What happened in a step; the same on every rank."""
+
+    loss: float
+    """Mean over the tokens of the global batch, in nats."""
+    grad_norm: float
+    """Before clipping; NaN or Inf when the step was skipped for it."""
+    updated: bool
+    """Whether the weights changed."""
+    stop_requested: bool
+    """Whether any rank was asked to stop."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient norm are numbers."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def prepare_config(
+    config: TransformerConfig,
+    optimizer: MegatronOptimizer,
+    chunks: Sequence[Any],
+    shape: BatchShape,
+) -> None:
+    """Tell megatron-core's schedules what to do with gradients.
+
+    Losses are summed over tokens and the gradients divided by their number at the end. In between
+    they are kept at the size of a micro-batch's mean, which float16 can hold.
+    """
+    ddp = chunks[0].ddp_config
+    tokens = shape.micro_batch_size * shape.seq_length
+    config.finalize_model_grads_func = partial(_finalize_gradients, tokens)
+    config.grad_scale_func = lambda loss: optimizer.scale_loss(loss) / tokens
+    if ddp.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = no_sync[0] if len(chunks) == 1 else no_sync
+    if ddp.overlap_param_gather:
+        sync = [chunk.start_param_sync for chunk in chunks]
+        config.param_sync_func = sync[0] if len(chunks) == 1 else sync
+
+
+def _finalize_gradients(
+    divided_by: int, chunks: list[Any], num_tokens: torch.Tensor, **groups: Any
+) -> None:
+    finalize_model_grads(chunks, num_tokens / divided_by, **groups)
+
+
+def seed_step(seed: int, iteration: int, place: Place) -> None:
+    """Seed dropout from the run's seed, the step, and the rank's place.
+
+    Nothing random is carried from step to step, so a resumed run needs no stored generator, and
+    ranks that hold different layers or samples drop different elements. Ranks of one
+    tensor-parallel group share the seed; megatron-core derives from it what must differ there.
+    """
+    key = f"{seed}:{iteration}:{place.pp_rank}:{place.dp_rank}".encode()
+    derived = int.from_bytes(hashlib.sha256(key).digest()[:4], "little") >> 1
+    model_parallel_cuda_manual_seed(derived)
+
+
+def train_step(
+    chunks: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    batches: Sequence[Iterator[Batch]],
+    shape: BatchShape,
+    *,
+    stop_requested: Callable[[], bool],
+) -> StepResult:
+    """Compute the gradients of a global batch and update the weights, if everything is finite.
+
+    Args:
+        chunks: The model chunks of this rank.
+        optimizer: From `ml_parallel.optimizer.build_optimizer`.
+        batches: One iterator of micro-batches for each chunk.
+        shape: Of the global batch.
+        stop_requested: Tells whether this rank was asked to stop; called after the backward pass.
+    """
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    losses = _run_schedule(chunks, batches, shape, forward_only=False)
+    loss, stop = _reduce(losses, stop_requested())
+    overflow = optimizer.prepare_grads()
+    grad_norm = math.inf if overflow else float(optimizer.get_grad_norm())
+    updated = math.isfinite(loss) and math.isfinite(grad_norm)
+    if updated:
+        _clip(optimizer, grad_norm)
+        optimizer.step_with_ready_grads()
+    return StepResult(loss, grad_norm, updated, stop)
+
+
+def evaluate(
+    chunks: Sequence[DistributedDataParallel],
+    batches: Sequence[Iterator[Batch]],
+    shape: BatchShape,
+) -> float:
+    """Return the mean loss of a global batch in nats, without dropout or gradients."""
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        losses = _run_schedule(chunks, batches, shape, forward_only=True)
+    for chunk in chunks:
+        chunk.train()
+    return _reduce(losses, False)[0]
+
+
+@contextmanager
+def parameters_in_place(chunks: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """With --overlap-param-gather, fetch the updated parameters now instead of while computing."""
+    overlap = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+    for chunk in overlap:
+        chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for chunk in overlap:
+            chunk.enable_forward_pre_hook()
+
+
+def _run_schedule(
+    chunks: Sequence[DistributedDataParallel],
+    batches: Sequence[Iterator[Batch]],
+    shape: BatchShape,
+    *,
+    forward_only: bool,
+) -> list[dict[str, torch.Tensor]]:
+    several = len(chunks) > 1
+    return get_forward_backward_func()(
+        forward_step_func=_forward,
+        data_iterator=list(batches) if several else batches[0],
+        model=list(chunks) if several else chunks[0],
+        num_microbatches=shape.num_microbatches,
+        seq_length=shape.seq_length,
+        micro_batch_size=shape.micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def _forward(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    batch = next(batches)
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])  # (B, S)
+    return losses, partial(_sum_loss, batch["loss_mask"])
+
+
+def _sum_loss(
+    mask: torch.Tensor, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the summed loss and the number of tokens: the mean is taken over the global batch."""
+    total, tokens = (losses * mask).sum(), mask.sum()
+    report = {"loss": total.detach(), "tokens": tokens}
+    return total, tokens.to(torch.int), report
+
+
+def _reduce(losses: Sequence[dict[str, torch.Tensor]], stop: bool) -> tuple[float, bool]:
+    """Return the mean loss, and whether any rank wants to stop, on every rank.
+
+    Only the last pipeline stage has losses; its tensor-parallel ranks all have the same ones, which
+    cancels in the mean.
+    """
+    totals = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
+    for report in losses:
+        totals[0] += report["loss"]
+        totals[1] += report["tokens"]
+    totals[2] = float(stop)
+    torch.distributed.all_reduce(totals)
+    loss, tokens, stops = totals.tolist()
+    return (loss / tokens if tokens else math.nan), stops > 0
+
+
+def _clip(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    for inner in optimizer.chained_optimizers:
+        parameters = inner.get_parameters()
+        if parameters and inner.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(
+                parameters, max_norm=inner.config.clip_grad, total_norm=grad_norm
+            )

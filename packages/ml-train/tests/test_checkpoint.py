@@ -1,0 +1,267 @@
+"""Checkpoints: whole or absent, bit for bit, and readable in any layout."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import signal
+
+import pytest
+import torch
+from training_job import LAYOUTS, UNTIED, Job, Rank, assemble
+
+from ml_models.dropout import Dropout
+from ml_models.flags import UsageError
+from ml_parallel.checkpoint import MANIFEST, TRACKER
+from ml_parallel.testing import run_ranks
+from ml_parallel.topology import Topology
+
+TIED = dataclasses.replace(UNTIED, untie_embeddings_and_output_weights=False)
+DROPOUT = Dropout(attention_dropout=0.1, hidden_dropout=0.1)
+
+
+def every_tensor(rank):
+    """Return weights and moments of the rank's shards, by kind."""
+    moments = {key: (lambda s, key=key: s.state[key]) for key in ("exp_avg", "exp_avg_sq")}
+    return {kind: rank.shards(read) for kind, read in {"main": lambda s: s.main, **moments}.items()}
+
+
+def train(job, steps, root=None, start=None, stop=None):
+    """Run steps [start, stop) after loading from root, if start is given; save at stop."""
+    from ml_train import checkpoint
+    from ml_train.state import Progress
+
+    rank = Rank(job)
+    first = 0
+    if start is not None:
+        progress = checkpoint.load(root, rank.state)
+        assert progress == Progress(iteration=start, consumed_samples=8 * start)
+        first = start
+    before = every_tensor(rank)
+    losses = [rank.step(i).loss for i in range(first, stop or steps)]
+    if stop is not None:
+        checkpoint.save(
+            root, rank.state, Progress(iteration=stop, consumed_samples=8 * stop), keep=None
+        )
+    return losses, before, every_tensor(rank)
+
+
+def assembled(results, index, job):
+    tp_size = job.topology.tensor_model_parallel_size
+    kinds = ("main", "exp_avg", "exp_avg_sq")
+    return {
+        kind: assemble([result[index][kind] for result in results], job.arch, tp_size)
+        for kind in kinds
+    }
+
+
+def assert_equal(found, expected):
+    for kind, tensors in expected.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(found[kind][name], tensor), (kind, name)
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        ("dp2 dist", torch.float32),
+        ("dp2", torch.float32),
+        ("tp2 pp2 sp", torch.bfloat16),
+        ("dp4 dist 2 instances", torch.bfloat16),
+        ("pp2 vpp dp2 dist overlap", torch.bfloat16),
+        ("dp2", torch.float16),
+    ],
+)
+def test_a_resumed_run_continues_bit_for_bit_with_dropout(tmp_path, layout, dtype):
+    world_size, topology = LAYOUTS[layout]
+    job = Job(topology=topology, dtype=dtype, dropout=DROPOUT)
+    golden = run_ranks(train, world_size, job, 6)
+    first = run_ranks(train, world_size, job, 6, tmp_path, None, 3)
+    second = run_ranks(train, world_size, job, 6, tmp_path, 3)
+    assert first[0][0] + second[0][0] == golden[0][0]
+    assert_equal(assembled(second, 2, job), assembled(golden, 2, job))
+
+
+PAIRS = [
+    ("tp2 dp2 sp dist", "dp2"),
+    ("dp2", "tp2 pp2 sp"),
+    ("pp2 vpp dp2 dist overlap", "tp2"),
+    ("dp4 dist overlap", "pp2 list"),
+    ("dp4 dist 2 instances", "dp2 dist"),
+]
+
+
+@pytest.mark.parametrize("arch", [UNTIED, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize(("written", "read"), PAIRS)
+def test_another_layout_reads_the_same_tensors_and_follows_the_same_curve(
+    tmp_path, written, read, arch
+):
+    jobs = {name: Job(topology=LAYOUTS[name][1], arch=arch) for name in (written, read)}
+    saved = run_ranks(train, LAYOUTS[written][0], jobs[written], 6, tmp_path, None, 3)
+    loaded = run_ranks(train, LAYOUTS[read][0], jobs[read], 6, tmp_path, 3)
+    golden = run_ranks(train, 1, Job(arch=arch), 6)[0][0]
+    assert_equal(assembled(loaded, 1, jobs[read]), assembled(saved, 2, jobs[written]))
+    assert saved[0][0] + loaded[0][0] == pytest.approx(golden, rel=1e-4)
+
+
+def test_a_half_precision_checkpoint_resumes_in_float32_from_the_main_weights(tmp_path):
+    half = Job(topology=LAYOUTS["dp2 dist"][1], dtype=torch.bfloat16)
+    saved = run_ranks(train, 2, half, 3, tmp_path, None, 3)
+    loaded = run_ranks(train, 1, Job(), 4, tmp_path, 3)
+    assert_equal(assembled(loaded, 1, Job()), assembled(saved, 2, half))
+
+
+def test_the_files_are_megatrons(tmp_path):
+    job = Job(topology=LAYOUTS["tp2 pp2 sp"][1], dtype=torch.bfloat16)
+    run_ranks(train, 4, job, 2, tmp_path, None, 2)
+    assert (tmp_path / TRACKER).read_text() == "2"
+    folder = tmp_path / "iter_0000002"
+    names = sorted(path.name for path in folder.iterdir())
+    ranks = [f"mp_rank_{tp:02d}_{pp:03d}" for tp in (0, 1) for pp in (0, 1)]
+    assert names == sorted([MANIFEST, *ranks])
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(folder / "mp_rank_01_001" / "model_optim_rng.pt", weights_only=True)
+    assert content["checkpoint_version"] == 3.0
+    assert content["iteration"] == 2
+    assert content["args"].num_query_groups == 2
+    assert content["args"].padded_vocab_size == 144
+    model = content["model"]
+    assert model["decoder.layers.1.mlp.linear_fc1.weight"].shape == (160, 64)
+    assert model["decoder.layers.0.self_attention.linear_qkv.weight"].shape == (64, 64)
+    assert model["output_layer.weight"].shape == (72, 64)
+    assert model["output_layer.weight"].dtype == torch.bfloat16
+    assert "embedding.word_embeddings.weight" not in model
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert "tensor_model_parallel_size" in json.dumps(manifest)
+
+
+def test_no_file_is_larger_than_its_tensors(tmp_path):
+    """torch.save writes the whole buffer that a view belongs to, if one lets it."""
+    run_ranks(train, 2, Job(topology=LAYOUTS["dp2 dist"][1]), 1, tmp_path, None, 1)
+    for path in tmp_path.rglob("*.pt"):
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, weights_only=True)
+        tensors = list(_tensors(content))
+        assert path.stat().st_size < sum(t.nbytes for t in tensors) * 1.1 + 30_000
+
+
+def _tensors(content):
+    if isinstance(content, torch.Tensor):
+        yield content
+    elif isinstance(content, dict):
+        for value in content.values():
+            yield from _tensors(value)
+
+
+def load_only(job, root):
+    from ml_train import checkpoint
+
+    rank = Rank(job)
+    try:
+        return checkpoint.load(root, rank.state), None
+    except UsageError as error:
+        return None, str(error)
+
+
+@pytest.fixture
+def two_checkpoints(tmp_path):
+    job = Job(topology=LAYOUTS["dp2 dist"][1])
+    run_ranks(train, 2, job, 2, tmp_path, None, 2)
+    run_ranks(train, 2, job, 4, tmp_path, 2, 4)
+    return job, tmp_path
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(two_checkpoints, damage):
+    job, root = two_checkpoints
+    victim = next((root / "iter_0000004").rglob("optimizer_shard_001.pt"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "remove":
+        victim.unlink()
+    else:
+        victim.write_bytes(content if damage == "flip" else content[:-100])
+    (progress, _), other = run_ranks(load_only, 2, job, root)
+    assert progress.iteration == 2
+    assert other[0] == progress
+
+
+def test_when_all_checkpoints_are_damaged_the_run_stops(two_checkpoints):
+    job, root = two_checkpoints
+    for path in root.rglob("model_optim_rng.pt"):
+        path.write_bytes(path.read_bytes()[:-1])
+    for progress, message in run_ranks(load_only, 2, job, root):
+        assert progress is None
+        assert "no checkpoint is intact" in message
+        assert "model_optim_rng.pt" in message
+
+
+def test_a_checkpoint_of_another_model_is_refused(two_checkpoints):
+    _, root = two_checkpoints
+    other = dataclasses.replace(UNTIED, num_layers=2, num_query_groups=4)
+    ((progress, message),) = run_ranks(load_only, 1, Job(arch=other), root)
+    assert progress is None
+    assert "--num-layers is 4 there, 2 here" in message
+    assert "--num-query-groups is 2 there, 4 here" in message
+
+
+def test_a_pickle_that_would_run_code_is_refused(two_checkpoints, tmp_path):
+    job, root = two_checkpoints
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    folder = root / "iter_0000009" / "mp_rank_00"
+    folder.mkdir(parents=True)
+    torch.save({"args": Evil()}, folder / "model_optim_rng.pt")
+    (root / TRACKER).write_text("9")
+    for progress, message in run_ranks(load_only, 2, job, root):
+        assert progress is None
+        assert "not readable" in message
+    assert not (tmp_path / "owned").exists()
+
+
+def save_with_small_disk(job, root, limited_rank):
+    from ml_train import checkpoint
+    from ml_train.state import Progress
+
+    rank = Rank(job)
+    if torch.distributed.get_rank() == limited_rank:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    try:
+        checkpoint.save(root, rank.state, Progress(iteration=9), keep=None)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("limited_rank", [0, 1])
+def test_a_full_disk_on_one_rank_fails_all_and_leaves_the_last_checkpoint(
+    two_checkpoints, limited_rank
+):
+    job, root = two_checkpoints
+    before = sorted(str(path) for path in root.rglob("*"))
+    messages = run_ranks(save_with_small_disk, 2, job, root, limited_rank)
+    for message in messages:
+        assert "cannot write the checkpoint" in message
+        assert f"rank {limited_rank}" in message
+        assert ".pt" in message
+    assert sorted(str(path) for path in root.rglob("*")) == before
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    def many(job):
+        from ml_train import checkpoint
+        from ml_train.state import Progress
+
+        rank = Rank(job)
+        for iteration in (1, 2, 3):
+            checkpoint.save(tmp_path, rank.state, Progress(iteration=iteration), keep=2)
+
+    run_ranks(many, 2, Job(topology=Topology()))
+    names = sorted(path.name for path in tmp_path.glob("iter_*"))
+    assert names == ["iter_0000002", "iter_0000003"]

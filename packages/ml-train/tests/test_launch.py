@@ -1,0 +1,511 @@
+"""The ranks of a job start, speak and end together, whatever ends them."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+from ml_models.flags import UsageError
+from ml_train import ranks
+from ml_train.launch import LaunchConfig, launch, under_launcher
+
+LAUNCH = """
+import json, sys
+from ml_train.launch import LaunchConfig, launch
+rank, config, options = sys.argv[1], *map(json.loads, sys.argv[2:])
+sys.exit(launch([sys.executable, "-S", "-c", rank], LaunchConfig(**config), **options))
+"""
+# What a rank that trains does: on a signal it finishes its step, saves and returns 0.
+TRAIN = """
+import os, signal, sys, time
+asked = []
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda number, _: asked.append(number))
+print("pid", os.environ["RANK"], os.getpid(), flush=True)
+end = time.monotonic() + 60
+while not asked and time.monotonic() < end:
+    time.sleep(0.01)
+time.sleep(0.3)
+print("saved after", *(signal.Signals(number).name for number in asked), flush=True)
+"""
+# A rank inside a collective whose peer is gone: signals do not end it.
+HANG = """
+import os, signal, time
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+print("pid", os.environ["RANK"], os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+def start(rank, nproc=2, options=None, environment=None, **streams):
+    config = {"nproc_per_node": nproc, **(options or {}).pop("config", {})}
+    script = [sys.executable, "-c", LAUNCH, rank, json.dumps(config), json.dumps(options or {})]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+    environment = {**os.environ, **(environment or {})}
+    environment.pop("PYTHONUNBUFFERED", None)
+    return subprocess.Popen(script, text=True, env=environment, start_new_session=True, **streams)
+
+
+def run(rank, nproc=2, **others):
+    process = start(rank, nproc, **others)
+    output, errors = process.communicate(timeout=60)
+    return process.returncode, output, errors
+
+
+def started(process, nproc):
+    """Wait until every rank has given its process id, and return them."""
+    pids = {}
+    while len(pids) < nproc:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        if match := re.fullmatch(r"(?:\[rank \d+\] )?pid (\d+) (\d+)\n", line):
+            pids[int(match[1])] = int(match[2])
+    return [pids[rank] for rank in sorted(pids)]
+
+
+def alive(pid):
+    """Tell whether a process runs; one that has ended but was not reaped does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def assert_gone(pids, within):
+    deadline = time.monotonic() + within
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert [pid for pid in pids if alive(pid)] == []
+
+
+# Starting
+
+
+def test_a_job_returns_0_when_every_rank_does():
+    assert run("pass", nproc=3) == (0, "", "")
+
+
+SHOW = """
+import json, os
+names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
+         "MASTER_PORT", "OMP_NUM_THREADS", "OTHER")
+print(json.dumps({name: os.environ.get(name) for name in names}))
+"""
+
+
+def shown(output):
+    """Return the environments that ranks have shown, by rank."""
+    found = [json.loads(line[line.index("{") :]) for line in output.splitlines()]
+    return sorted(found, key=lambda environment: environment["RANK"])
+
+
+def test_ranks_find_each_other_through_the_environment():
+    environment = {"OTHER": "kept", "OMP_NUM_THREADS": "7", "RANK": "5"}
+    code, output, _ = run(SHOW, environment=environment)
+    assert code == 0
+    first, second = shown(output)
+    port = int(first["MASTER_PORT"])
+    common = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "7",
+        "OTHER": "kept",
+    }
+    assert first == {"RANK": "0", "LOCAL_RANK": "0", **common}
+    assert second == {"RANK": "1", "LOCAL_RANK": "1", **common}
+    with socket.create_server(("", port)):  # it was free for the ranks
+        pass
+
+
+def test_ranks_share_the_cores():
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    cores = len(os.sched_getaffinity(0))
+    for nproc in (1, 3):
+        _, output, _ = run(SHOW, nproc, options={"environment": environment})
+        threads = {environment["OMP_NUM_THREADS"] for environment in shown(output)}
+        assert threads == {str(max(1, cores // nproc))}
+
+
+def test_ranks_are_numbered_through_the_nodes():
+    config = {"nnodes": 2, "master_addr": "localhost", "master_port": free_port()}
+    found = []
+    for node_rank in (1, 0):
+        _, output, _ = run(SHOW, options={"config": {**config, "node_rank": node_rank}})
+        found = shown(output) + found
+    for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+        assert len({environment[name] for environment in found}) == 1
+    assert found[0]["WORLD_SIZE"] == "4"
+    assert found[0]["MASTER_ADDR"] == "localhost"
+    assert found[0]["MASTER_PORT"] == str(config["master_port"])
+    assert [environment["RANK"] for environment in found] == ["0", "1", "2", "3"]
+    assert [environment["LOCAL_RANK"] for environment in found] == ["0", "1", "0", "1"]
+    assert [environment["GROUP_RANK"] for environment in found] == ["0", "0", "1", "1"]
+
+
+def test_a_rank_knows_that_it_was_launched():
+    show = "import sys; from ml_train.launch import *; sys.exit(9 if under_launcher() else 1)"
+    assert run(f"import sys; sys.path[:] = {sys.path}; {show}", nproc=1)[0] == 9
+    assert not under_launcher({"RANK": "0"})
+    assert under_launcher({"RANK": "0", "WORLD_SIZE": "1"})
+
+
+def test_launching_needs_neither_torch_nor_megatron():
+    script = "import sys, ml_train.launch; print({'torch', 'megatron'} & set(sys.modules))"
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert found.stdout == "set()\n", found.stderr
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"nproc_per_node": 0}, "--nproc-per-node 0: must be at least 1"),
+        ({"nnodes": 0}, "--nnodes 0: must be at least 1"),
+        ({"node_rank": 1}, "--node-rank 1: must be from 0 to 0 with --nnodes 1"),
+        ({"nnodes": 2}, "--nnodes 2: needs --master-addr, the address of node 0"),
+        ({"master_port": 65536}, "--master-port 65536: must be from 1 to 65535"),
+    ],
+)
+def test_an_impossible_launch_is_refused(fields, message):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - compared in full
+        LaunchConfig(**fields)
+    assert str(error.value) == message
+
+
+def free_port():
+    with socket.create_server(("", 0)) as server:
+        return server.getsockname()[1]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", ""])
+def test_a_port_in_use_is_named_before_any_rank_starts(address, tmp_path):
+    command = ["touch", str(tmp_path / "started")]
+    with socket.create_server((address, 0)) as server:
+        port = server.getsockname()[1]
+        for others in ({}, {"nnodes": 2, "master_addr": "localhost"}):
+            with pytest.raises(UsageError, match=rf"--master-port {port}: cannot be listened on"):
+                launch(command, LaunchConfig(master_port=port, **others))
+        assert list(tmp_path.iterdir()) == []
+        # Another node only connects to it.
+        other_node = LaunchConfig(
+            master_port=port, nnodes=2, node_rank=1, master_addr="localhost", nproc_per_node=2
+        )
+        assert launch(command, other_node) == 0
+    assert launch(command, LaunchConfig(master_port=port)) == 0
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_command_that_does_not_exist_is_an_error():
+    with pytest.raises(FileNotFoundError):
+        launch(["/nonexistent/program"], LaunchConfig(nproc_per_node=2))
+
+
+# Output
+
+
+def test_lines_of_other_ranks_are_shown_with_their_number():
+    speak = r"""
+import os, sys, time
+if os.environ["RANK"] == "0":
+    sys.exit()
+sys.stdout.write("one\nhalf")
+time.sleep(0.1)
+sys.stdout.write(" and half\nno end of line")
+sys.stderr.write("error\nlast \u00e9\n")
+"""
+    code, output, errors = run(speak, environment={"PYTHONIOENCODING": "utf-8"})
+    assert code == 0
+    assert output == "[rank 1] one\n[rank 1] half and half\n[rank 1] no end of line\n"
+    assert errors == "[rank 1] error\n[rank 1] last \u00e9\n"
+
+
+def test_lines_are_shown_while_the_ranks_run():
+    process = start(TRAIN.replace("flush=True", "flush=os.environ['RANK'] == '0'"), nproc=3)
+    started(process, 3)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0].count("saved after SIGTERM") == 3
+
+
+def test_much_output_is_shown_whole():
+    speak = (
+        "import os\nfor number in range(20_000 * int(os.environ['RANK'])): print('line', number)"
+    )
+    code, output, _ = run(speak)
+    assert code == 0
+    assert output.splitlines() == [f"[rank 1] line {number}" for number in range(20_000)]
+
+
+def test_rank_0_has_the_terminal_itself():
+    ask = "import os, sys; print(os.environ['RANK'], sys.stdout.isatty(), sys.stderr.isatty())"
+    terminal, inside = pty.openpty()
+    process = start(ask, stdout=inside, stderr=inside)
+    os.close(inside)
+    assert process.wait(timeout=60) == 0
+    output = os.read(terminal, 10_000).decode()
+    os.close(terminal)
+    assert sorted(output.splitlines()) == ["0 True True", "[rank 1] 1 False False"]
+
+
+# Failures
+
+
+def test_a_killed_rank_ends_the_job_within_seconds():
+    process = start(HANG, nproc=4)
+    pids = started(process, 4)
+    os.kill(pids[1], signal.SIGKILL)
+    begin = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 10
+    assert process.returncode == 128 + 9
+    assert errors == (
+        f"ml-train: rank 1 (pid {pids[1]}) was killed by signal 9 (SIGKILL); "
+        f"stopped the other 3 ranks\n"
+    )
+    assert_gone(pids, within=0)
+
+
+def test_the_others_may_fail_by_themselves_and_the_first_one_counts():
+    fail = """
+import os, sys, time
+rank = int(os.environ["RANK"])
+if rank == 2:
+    os.kill(os.getpid(), 11)
+time.sleep(0.3 + rank / 10)
+sys.exit(f"connection closed by peer")
+"""
+    code, output, errors = run(fail, nproc=3)
+    assert code == 128 + 11
+    assert output == ""
+    first, second, report = sorted(errors.splitlines(), key=lambda line: line.startswith("ml-"))
+    assert {first, second} == {"connection closed by peer", "[rank 1] connection closed by peer"}
+    assert re.fullmatch(
+        r"ml-train: rank 2 \(pid \d+\) was killed by signal 11 \(SIGSEGV\); "
+        r"the other 2 ranks failed with it",
+        report,
+    )
+
+
+def test_of_two_ranks_found_dead_the_killed_one_is_the_cause(capfd):
+    ends = ("exit 1", "kill -9 $$")
+    pair = [
+        ranks.start(["sh", "-c", end], {**os.environ, "RANK": str(rank)})
+        for rank, end in enumerate(ends)
+    ]
+    for rank in pair:
+        os.waitid(os.P_PID, rank.process.pid, os.WEXITED | os.WNOWAIT)
+    assert ranks.supervise(pair, ranks.Signals(), grace_s=0.0) == 128 + 9
+    assert "rank 1 (pid " in capfd.readouterr().err
+
+
+def test_the_exit_code_is_that_of_the_rank_that_failed():
+    fail = "import os, sys, time; sys.exit(7) if os.environ['RANK'] == '1' else time.sleep(60)"
+    code, _, errors = run(fail, options={"grace_s": 0.2})
+    assert code == 7
+    assert re.fullmatch(
+        r"ml-train: rank 1 \(pid \d+\) failed with exit code 7; stopped the other 1 rank\n", errors
+    )
+
+
+def test_a_rank_that_has_ended_well_is_no_failure():
+    fail = "import os, sys, time; time.sleep(0.3 * (os.environ['RANK'] == '1'))"
+    assert run(fail, options={"grace_s": 0.0}) == (0, "", "")
+
+
+def test_a_lone_rank_that_says_why_it_failed_needs_no_other_line():
+    assert run("import sys; sys.exit('disk full')", nproc=1) == (1, "", "disk full\n")
+    code, _, errors = run("import os; os.kill(os.getpid(), 9)", nproc=1)
+    assert code == 128 + 9
+    assert errors.startswith("ml-train: rank 0 (pid ")
+
+
+MISTAKE = r"""
+import os, sys, time
+time.sleep(0.2 * int(os.environ["RANK"]))
+sys.stderr.write("warning\n")
+sys.stderr.write("ml-train pretrain: --lr -1: must be positive\n")
+sys.exit(2)
+"""
+
+
+def test_a_mistake_that_every_rank_finds_is_shown_once():
+    code, output, errors = run(MISTAKE, nproc=3)
+    assert (code, output) == (2, "")
+    assert errors.count("ml-train pretrain: --lr -1: must be positive\n") == 1
+    assert "[rank 1] warning\n" in errors
+    assert "exit code" not in errors
+
+
+def test_a_mistake_that_other_ranks_find_is_shown_once():
+    others = "import os, sys\nif os.environ['RANK'] == '0': sys.exit()\n" + MISTAKE
+    code, output, errors = run(others, nproc=3)
+    assert (code, output) == (2, "")
+    assert errors.count("ml-train pretrain: --lr -1: must be positive\n") == 1
+
+
+def test_different_mistakes_are_all_shown():
+    others = "import os, sys\nif os.environ['RANK'] == '0': sys.exit()\n" + MISTAKE
+    _, _, errors = run(
+        others.replace("-1", "{os.environ['RANK']}").replace('"ml-', 'f"ml-'), nproc=3
+    )
+    assert "[rank 1] ml-train pretrain: --lr 1: must be positive\n" in errors
+    assert "[rank 2] ml-train pretrain: --lr 2: must be positive\n" in errors
+
+
+# Interrupts
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_passed_on_once_and_the_ranks_save(number):
+    process = start(TRAIN)
+    pids = started(process, 2)
+    process.send_signal(number)
+    time.sleep(0.02)
+    process.send_signal(number)  # a wrapper passes it on as well, or the scheduler repeats it
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert sorted(output.splitlines()) == [
+        f"[rank 1] saved after {number.name}",
+        f"saved after {number.name}",
+    ]
+    assert errors == ""
+    assert_gone(pids, within=0)
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_ranks_once():
+    terminal, inside = pty.openpty()
+    process = start(
+        TRAIN,
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # its Ctrl-C is this session's
+    )
+    os.close(inside)
+    output = b""
+    while output.count(b"pid ") < 2:
+        output += os.read(terminal, 1000)
+    os.write(terminal, b"\x03")
+    assert process.wait(timeout=60) == 0
+    output = os.read(terminal, 10_000)
+    os.close(terminal)
+    assert output.count(b"saved after SIGINT\r\n") == 2
+
+
+def test_a_second_ctrl_c_kills():
+    process = start(HANG, nproc=3)
+    pids = started(process, 3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.6)
+    assert process.poll() is None
+    while process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.6)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "ml-train: interrupted again; killed 3 ranks\n"
+    assert_gone(pids, within=0)
+
+
+def test_ranks_that_a_signal_ends_are_not_reported_as_failed():
+    process = start(
+        "import os, time; print('pid', os.environ['RANK'], os.getpid(), flush=True); time.sleep(60)"
+    )
+    started(process, 2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + 15
+    assert errors == ""
+
+
+def test_nohup_is_respected():
+    process = start(
+        TRAIN.replace(", signal.SIGHUP", ""),
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    started(process, 2)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0].count("saved after SIGINT") == 2
+
+
+# No orphans
+
+
+def test_ranks_save_and_end_when_the_parent_is_killed():
+    process = start(TRAIN)
+    pids = started(process, 2)
+    process.kill()
+    output, _ = process.communicate(timeout=60)
+    assert output == "saved after SIGTERM\n"  # of rank 0; nobody shows what the others say
+    assert_gone(pids, within=30)
+
+
+def test_ranks_that_hang_are_killed_when_the_parent_is_killed():
+    process = start(HANG, options={"orphan_grace_s": 0.5})
+    pids = started(process, 2)
+    guard = guard_of(process)
+    process.kill()
+    assert_gone([*pids, guard], within=30)
+    process.communicate()
+
+
+def test_ranks_end_when_the_parent_and_its_guard_are_killed():
+    process = start(TRAIN)
+    pids = started(process, 2)
+    os.kill(guard_of(process), signal.SIGKILL)
+    time.sleep(0.2)
+    assert all(map(alive, pids))  # without a guard the job still runs
+    process.kill()
+    assert_gone(pids, within=30)
+    process.communicate()
+
+
+def test_processes_that_ranks_have_started_end_with_them():
+    parent = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time; time.sleep(600)"])
+print("pid", os.environ["RANK"], child.pid, flush=True)
+time.sleep(60 if os.environ["RANK"] == "1" else 0.2)
+sys.exit(3 if os.environ["RANK"] == "0" else 0)
+"""
+    process = start(parent, options={"grace_s": 0.2})
+    children = started(process, 2)
+    process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert_gone(children, within=30)
+
+
+def test_no_guard_stays_behind():
+    process = start(TRAIN)
+    started(process, 2)
+    guard = guard_of(process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert_gone([guard], within=0)
+
+
+def guard_of(process):
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (guard,) = (pid for pid in children if "guard.py" in Path(f"/proc/{pid}/cmdline").read_text())
+    return int(guard)

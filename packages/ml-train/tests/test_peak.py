@@ -1,0 +1,93 @@
+"""The peak of a device: from its name where it has a datasheet, else measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from ml_train import peak
+from ml_train.peak import ACCELERATORS, datasheet, matmul_peak
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Put the number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H100 NVL", 835.5),
+        ("NVIDIA H800", 989.4),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA GH200 480GB", 989.4),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A800-SXM4-40GB", 312.0),
+        ("NVIDIA L40S", 362.0),
+        ("Ascend910B2", 354.0),
+        ("NVIDIA GeForce GTX 1080", None),
+        ("NVIDIA A10", None),
+        ("Ascend910A", None),
+    ],
+)
+def test_a_known_name_has_the_number_of_its_datasheet(name: str, tflops: float | None) -> None:
+    assert datasheet(name) == tflops
+
+
+def test_every_number_has_a_source() -> None:
+    assert all(accelerator.source for accelerator in ACCELERATORS)
+
+
+def test_a_cpu_is_measured_once() -> None:
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    first = matmul_peak(CPU, torch.float32)
+    assert time.perf_counter() - start < 10
+    start = time.perf_counter()
+    assert matmul_peak(CPU, torch.float32) == first
+    assert time.perf_counter() - start < 0.01
+    assert matmul_peak(CPU, torch.bfloat16) != first
+
+
+def test_it_is_the_time_of_real_products() -> None:
+    torch.set_num_threads(1)
+    expected = matmul_peak(CPU, torch.float32)
+    matrix = torch.rand(1024, 1024)
+    best = float("inf")
+    for _ in range(20):
+        start = time.perf_counter()
+        torch.mm(matrix, matrix)
+        best = min(best, time.perf_counter() - start)
+    assert 0.1 * expected < 2 * 1024**3 / best / 1e12 < 5 * expected  # others use this machine
+
+
+def test_the_number_of_threads_is_part_of_what_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(peak, "_SECONDS", 0.01)
+    peak._measure.cache_clear()
+    for count in (1, 2, 1):
+        torch.set_num_threads(count)
+        matmul_peak(CPU, torch.float32)
+    assert peak._measure.cache_info().misses == 2
+    peak._measure.cache_clear()
+
+
+def test_measuring_leaves_the_random_numbers_alone() -> None:
+    peak._measure.cache_clear()
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    matmul_peak(CPU, torch.float32)
+    torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)

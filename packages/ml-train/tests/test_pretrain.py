@@ -1,0 +1,414 @@
+"""`ml-train pretrain` as a user runs it: real processes, real signals, real files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from token_files import describe, write_corpus
+
+from ml_train.cli import main
+
+VOCABULARY = 97
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Return the prefix of token files in which each token follows from the one before."""
+    prefix = str(tmp_path_factory.mktemp("data") / "text_document")
+    write_corpus(Path(prefix), [200] * 60)
+    tokens = Path(f"{prefix}.bin")
+    import numpy as np
+
+    ids = np.fromfile(tokens, dtype=np.int32)
+    (ids * 7 % VOCABULARY).astype(np.int32).tofile(tokens)
+    return describe(prefix, vocab_size=VOCABULARY)
+
+
+def flags(corpus, **changes):
+    """Return the command line of a small run; None leaves a flag out, True gives it bare."""
+    values = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 64,
+        "max_position_embeddings": 64,
+        "swiglu": True,
+        "normalization": "RMSNorm",
+        "disable_bias_linear": True,
+        "untie_embeddings_and_output_weights": True,
+        "make_vocab_size_divisible_by": 8,
+        "seq_length": 32,
+        "micro_batch_size": 2,
+        "global_batch_size": 8,
+        "train_iters": 8,
+        "lr": 3e-3,
+        "lr_decay_style": "cosine",
+        "data_path": corpus,
+        "split": "90,10,0",
+        "device": "cpu",
+        **changes,
+    }
+    words = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words += [str(item) for item in (value if isinstance(value, list) else [value])]
+    return words
+
+
+def command(words):
+    return [sys.executable, "-m", "ml_train", "pretrain", *words]
+
+
+def run(words, **more):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(words), capture_output=True, text=True, timeout=400, env=environment, **more
+    )
+
+
+def started(words):
+    return subprocess.Popen(
+        command(words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_step(process, number):
+    for line in process.stdout:
+        if re.match(rf" iteration +{number}/", line):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def steps(path):
+    entries = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [entry for entry in entries if entry["kind"] == "step"]
+
+
+def weights(folder):
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return {
+            (path.parent.name, name): tensor
+            for path in sorted(folder.glob("mp_rank_*/model_optim_rng.pt"))
+            for name, tensor in torch.load(path, weights_only=True)["model"].items()
+        }
+
+
+def assert_one_line(text, *parts):
+    """A clear message: one line, without a traceback, that says all parts."""
+    assert "Traceback" not in text
+    for part in parts:
+        assert part in text
+    # A rank that takes long to end may say the same as rank 0, under its own name.
+    (line,) = {re.sub(r"^\[rank \d+\] ", "", x) for x in text.splitlines() if parts[0] in x}
+    assert line.startswith("ml-train")
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    """Return a finished run on two ranks, and where it wrote."""
+    root = tmp_path_factory.mktemp("trained")
+    words = flags(
+        corpus,
+        nproc_per_node=2,
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+        train_iters=20,
+        eval_interval=10,
+        eval_iters=2,
+        save=root / "checkpoints",
+        save_interval=5,
+        keep_last=2,
+        tensorboard_dir=root / "tensorboard",
+        log_throughput=True,
+    )
+    return run(words), root
+
+
+def test_it_learns_and_reports_megatrons_line_for_every_step(trained):
+    process, root = trained
+    assert process.returncode == 0, process.stderr
+    lines = [line for line in process.stdout.splitlines() if re.match(r" ?iteration ", line)]
+    assert len(lines) == 20
+    for field in (
+        "consumed samples",
+        "elapsed time per iteration (ms)",
+        "learning rate",
+        "global batch size",
+        "lm loss",
+        "loss scale",
+        "grad norm",
+        "number of skipped iterations",
+        "number of nan iterations",
+    ):
+        assert all(f"{field}: " in line for line in lines), field
+    losses = [step["loss"] for step in steps(root / "checkpoints" / "metrics.jsonl")]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_every_step_says_how_fast_it_was(trained):
+    _, root = trained
+    for step in steps(root / "checkpoints" / "metrics.jsonl"):
+        tokens = step["global_batch_size"] * 32
+        expected = tokens / (2 * step["elapsed_seconds"])
+        assert step["tokens_per_second_per_device"] == pytest.approx(expected)
+        assert 0 < step["mfu"] < 1
+
+
+def test_it_evaluates_and_writes_tensorboard_scalars(trained):
+    process, root = trained
+    entries = [
+        json.loads(line)
+        for line in (root / "checkpoints" / "metrics.jsonl").read_text().splitlines()
+    ]
+    evaluations = [entry for entry in entries if entry["kind"] == "evaluation"]
+    assert [entry["iteration"] for entry in evaluations] == [10, 20]
+    assert evaluations[1]["loss"] < evaluations[0]["loss"]
+    (events,) = (root / "tensorboard").iterdir()
+    assert b"lm loss" in events.read_bytes()
+    assert "validation" in process.stdout
+
+
+def test_it_keeps_the_newest_checkpoints(trained):
+    _, root = trained
+    names = sorted(path.name for path in (root / "checkpoints").glob("iter_*"))
+    assert names == ["iter_0000015", "iter_0000020"]
+
+
+RESUMABLE = {"attention_dropout": 0.1, "hidden_dropout": 0.1, "train_iters": 40, "bf16": True}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus, tmp_path_factory):
+    """Return the flags of a run with dropout on two ranks, and where it wrote when left alone."""
+    layout = {"nproc_per_node": 2, "use_distributed_optimizer": True, **RESUMABLE}
+    root = tmp_path_factory.mktemp("uninterrupted")
+    process = run(flags(corpus, save=root, **layout))
+    assert process.returncode == 0, process.stderr
+    return layout, root
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_the_resumed_run_ends_bit_for_bit_the_same(
+    corpus, uninterrupted, tmp_path, number
+):
+    layout, golden = uninterrupted
+    words = flags(corpus, save=tmp_path, load=tmp_path, **layout)
+    with started(words) as process:
+        wait_for_step(process, 5)
+        process.send_signal(number)
+        rest, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, rest
+    assert f"stopped by {number.name}" in rest
+    done = len(steps(tmp_path / "metrics.jsonl"))
+    assert 5 <= done < 40
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == str(done)
+    assert run(words).returncode == 0
+    columns = ("iteration", "loss", "grad_norm", "learning_rate", "consumed_samples")
+    curves = [
+        [[step[name] for name in columns] for step in steps(root / "metrics.jsonl")]
+        for root in (golden, tmp_path)
+    ]
+    assert curves[0] == curves[1]
+    final = [weights(root / "iter_0000040") for root in (golden, tmp_path)]
+    assert final[0].keys() == final[1].keys()
+    assert all(torch.equal(tensor, final[1][name]) for name, tensor in final[0].items())
+
+
+def test_it_resumes_in_another_layout(corpus, tmp_path):
+    first = flags(corpus, save=tmp_path, train_iters=12, nproc_per_node=1)
+    assert run([*first, "--train-iters", "6", "--lr-decay-iters", "12"]).returncode == 0
+    second = flags(
+        corpus,
+        save=tmp_path,
+        load=tmp_path,
+        train_iters=12,
+        lr_decay_iters=12,
+        nproc_per_node=2,
+        pipeline_model_parallel_size=2,
+    )
+    process = run(second)
+    assert process.returncode == 0, process.stderr
+    assert [step["iteration"] for step in steps(tmp_path / "metrics.jsonl")] == [*range(1, 13)]
+    assert (tmp_path / "iter_0000012" / "mp_rank_00_001").is_dir()
+
+
+def test_it_runs_under_torchrun(corpus, tmp_path):
+    words = flags(corpus, train_iters=2, metrics_file=tmp_path / "metrics.jsonl")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    process = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", "-m", "ml_train", "pretrain", *words],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.returncode == 0, process.stderr
+    assert len(steps(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_a_config_file_gives_the_flags_and_the_command_line_wins(corpus, tmp_path):
+    words = flags(corpus, train_iters=None, lr=None)
+    (tmp_path / "run.yaml").write_text("training:\n  train_iters: 9\nlearning_rate:\n  lr: 1e-3\n")
+    metrics = tmp_path / "metrics.jsonl"
+    words += ["--config", str(tmp_path / "run.yaml"), "--train-iters", "1"]
+    process = run([*words, "--metrics-file", str(metrics)])
+    assert process.returncode == 0, process.stderr
+    (step,) = steps(metrics)
+    assert step["train_iters"] == 1
+    assert step["learning_rate"] == pytest.approx(1e-3)
+
+
+def test_a_run_that_only_makes_nans_gives_up_with_one_message(corpus):
+    process = run(flags(corpus, lr=1e30, max_skipped_iterations=3, train_iters=50))
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "3 steps in a row were skipped", "--lr")
+
+
+# What goes wrong while it runs
+
+
+def test_a_killed_rank_ends_the_job_within_seconds_and_is_named(corpus):
+    words = flags(corpus, nproc_per_node=2, pipeline_model_parallel_size=2, train_iters=100_000)
+    with started(words) as process:
+        wait_for_step(process, 3)
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        victim = next(
+            pid for pid in ranks if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
+        )
+        os.kill(int(victim), signal.SIGKILL)
+        killed = time.monotonic()
+        _, errors = process.communicate(timeout=120)
+    assert time.monotonic() - killed < 20
+    assert process.returncode == 128 + signal.SIGKILL
+    assert f"rank 1 (pid {victim}) was killed by signal 9 (SIGKILL)" in errors
+    for pid in ranks:
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_full_disk_is_one_message_and_keeps_the_last_checkpoint(corpus, tmp_path):
+    words = flags(corpus, save=tmp_path, load=tmp_path, train_iters=2)
+    assert run(words).returncode == 0
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    process = run([*words, "--train-iters", "4"], preexec_fn=limit)
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "cannot write the checkpoint", ".pt")
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000002"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(trained, corpus):
+    _, root = trained
+    process = run(flags(corpus, load=root / "checkpoints", num_layers=3, nproc_per_node=2))
+    assert process.returncode == 2
+    assert_one_line(process.stderr, "it is of another model", "--num-layers is 2 there, 3 here")
+
+
+def test_a_tampered_checkpoint_is_reported_and_the_one_before_is_used(corpus, tmp_path):
+    words = flags(corpus, save=tmp_path, load=tmp_path, train_iters=4, save_interval=2)
+    assert run(words).returncode == 0
+    victim = tmp_path / "iter_0000004" / "mp_rank_00" / "model_optim_rng.pt"
+    content = bytearray(victim.read_bytes())
+    content[-200] ^= 255
+    victim.write_bytes(content)
+    process = run(words)
+    assert process.returncode == 0, process.stderr
+    assert_one_line(process.stderr, "skipped a damaged checkpoint", "iter_0000004")
+    assert [step["iteration"] for step in steps(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+# Flags that are refused before any work starts
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"num_layers": None}, ["missing --num-layers"]),
+        ({"lr": None, "train_iters": None}, ["missing --train-iters, --lr"]),
+        ({"lr": "fast"}, ["--lr", "fast"]),
+        ({"hidden_size": 30}, ["--hidden-size 30", "nearest: 28 or 32"]),
+        ({"tensor_model_parallel_size": 3}, ["--tensor-model-parallel-size 3", "valid"]),
+        ({"pipeline_model_parallel_size": 2}, ["--pipeline-model-parallel-size 2", "1"]),
+        (
+            {"pipeline_model_parallel_size": 3, "nproc_per_node": 3},
+            ["--pipeline-model-parallel-size 3", "--num-layers 2", "valid: 1, 2"],
+        ),
+        (
+            {"pipeline_model_parallel_size": 2, "num_layer_list": "2,1", "nproc_per_node": 2},
+            ["--num-layer-list 2,1", "--num-layers 2"],
+        ),
+        ({"global_batch_size": 7}, ["--global-batch-size 7", "nearest: 6 or 8"]),
+        ({"seq_length": 65}, ["--seq-length 65", "--max-position-embeddings 64"]),
+        ({"bf16": True, "fp16": True}, ["--bf16 and --fp16"]),
+        ({"vocab_size": 50}, ["--vocab-size 50", "97 tokens"]),
+        ({"padded_vocab_size": 90}, ["--padded-vocab-size 90", "97"]),
+        ({"save_interval": 5}, ["--save-interval needs --save"]),
+        ({"load": "no/checkpoints"}, ["--load no/checkpoints: holds no checkpoint"]),
+        ({"seed": -1}, ["--seed -1", "4294967295"]),
+        ({"eval_iters": 2, "split": "1"}, ["--eval-iters 2", "no validation data"]),
+        ({"hysteresis": 0}, ["--hysteresis 0: must be at least 1"]),
+        ({"weight_decay": "inf"}, ["--weight-decay"]),
+        ({"context_parallel_size": 2, "nproc_per_node": 2}, ["--context-parallel-size 2"]),
+        ({"device": "npu"}, ["--device npu cannot be used", "torch_npu"]),
+        ({"data_path": "nowhere/text_document"}, ["nowhere/text_document"]),
+        ({"seq_lenght": 3}, ["unknown flag --seq-lenght", "did you mean --seq-length?"]),
+        ({"lr_warmup_iters": 8}, ["--lr-warmup-iters 8", "--train-iters 8"]),
+        ({"tokenizer_name_or_path": "no/tokenizer"}, ["no/tokenizer"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_flag_is_refused_with_one_line(corpus, capsys, changes, parts):
+    assert main(["pretrain", *flags(corpus, **changes)]) == 2
+    errors = capsys.readouterr().err
+    assert_one_line(errors, *parts)
+
+
+def test_a_new_run_does_not_overwrite_an_older_one(trained, corpus, capsys):
+    _, root = trained
+    save = root / "checkpoints"
+    assert main(["pretrain", *flags(corpus, save=save)]) == 2
+    assert_one_line(capsys.readouterr().err, f"--save {save}", f"--load {save}")
+
+
+def test_the_batch_of_the_checkpoint_is_kept_on_other_ranks(trained, corpus):
+    from ml_models.flags import parse
+    from ml_train.config import PretrainConfig, check_world
+
+    _, root = trained
+    words = flags(corpus, load=root / "checkpoints", global_batch_size=None)
+    for world_size in (1, 2, 4):
+        config = check_world(parse(PretrainConfig, words, prog="test"), world_size)
+        assert config.training.global_batch_size == 8
+
+
+def test_a_port_in_use_is_named(corpus, capsys):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["pretrain", *flags(corpus, nproc_per_node=2, master_port=port)]) == 2
+    assert_one_line(capsys.readouterr().err, f"--master-port {port}")

@@ -1,0 +1,134 @@
+"""Every layout computes what one process computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import cache
+
+import pytest
+import torch
+from training_job import LAYOUTS, UNTIED, Job, Rank, assemble
+
+from ml_models.dropout import Dropout
+from ml_parallel.testing import run_ranks
+
+TIED = dataclasses.replace(UNTIED, untie_embeddings_and_output_weights=False, add_qkv_bias=True)
+STEPS = 10
+
+
+def curve(job):
+    rank = Rank(job)
+    return [dataclasses.astuple(rank.step(i)) for i in range(STEPS)]
+
+
+def gradients(job):
+    from ml_train.step import _run_schedule, seed_step
+
+    rank = Rank(job)
+    seed_step(5, 0, rank.place)
+    _run_schedule(rank.ddp, rank.batches(0), rank.shape, forward_only=False)
+    return rank.shards(lambda s: s.parameter.main_grad.reshape(-1)[s.start : s.stop])
+
+
+@cache
+def single_curve(arch=UNTIED):
+    return run_ranks(curve, 1, Job(arch=arch))[0]
+
+
+@cache
+def single_gradients(arch=UNTIED):
+    return assemble(run_ranks(gradients, 1, Job(arch=arch)), arch, 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ten_steps_follow_the_single_process(layout):
+    world_size, topology = LAYOUTS[layout]
+    expected = single_curve()
+    assert expected[-1][0] != pytest.approx(expected[0][0], rel=1e-3)  # it learns something
+    for rank_curve in run_ranks(curve, world_size, Job(topology=topology)):
+        for found, reference in zip(rank_curve, expected, strict=True):
+            assert found[:2] == pytest.approx(reference[:2], rel=1e-4)
+            assert found[2]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_agree_with_the_single_process(layout):
+    world_size, topology = LAYOUTS[layout]
+    ranks = run_ranks(gradients, world_size, Job(topology=topology))
+    found = assemble(ranks, UNTIED, topology.tensor_model_parallel_size)
+    for name, expected in single_gradients().items():
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "tp2 pp2 sp", "pp2 vpp dp2 dist overlap"])
+def test_tied_embeddings_and_biases_agree_with_the_single_process(layout):
+    world_size, topology = LAYOUTS[layout]
+    job = Job(topology=topology, arch=TIED)
+    losses = [entry[:2] for entry in run_ranks(curve, world_size, job)[0]]
+    for found, expected in zip(losses, single_curve(TIED), strict=True):
+        assert found == pytest.approx(expected[:2], rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["dp2 dist", "tp2 pp2 sp"])
+def test_bfloat16_stays_near_the_single_process_in_float32(layout):
+    world_size, topology = LAYOUTS[layout]
+    found = run_ranks(curve, world_size, Job(topology=topology, dtype=torch.bfloat16))[0]
+    for (loss, *_), (expected, *_) in zip(found, single_curve(), strict=True):
+        assert loss == pytest.approx(expected, rel=5e-3)
+
+
+def test_float16_trains_with_a_loss_scale_that_adapts():
+    found = run_ranks(scaled_curve, 2, Job(dtype=torch.float16))[0]
+    losses = [loss for loss, updated, _ in found if updated]
+    assert len(losses) >= STEPS - 4  # a few steps overflow until the scale fits
+    assert losses[0] == pytest.approx(single_curve()[0][0], rel=5e-3)
+    assert found[0][2] > found[-1][2] or all(updated for _, updated, _ in found)
+
+
+def scaled_curve(job):
+    rank = Rank(job)
+    steps = []
+    for i in range(STEPS):
+        result = rank.step(i)
+        steps.append((result.loss, result.updated, float(rank.optimizer.get_loss_scale())))
+    return steps
+
+
+def weights_around_poison(job, poison):
+    rank = Rank(job)
+    rank.step(0)
+    before = rank.shards(lambda s: s.main)
+    result = rank.step(1, poison=poison if rank.place.dp_rank == 1 else None)
+    after = rank.shards(lambda s: s.main)
+    same = all((a[-1] == b[-1]).all() for a, b in zip(before, after, strict=True))
+    recovered = rank.step(2)
+    return result.updated, result.finite, same, recovered.updated and math.isfinite(recovered.loss)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+@pytest.mark.parametrize("layout", ["dp2", "tp2 dp2 sp dist"])
+def test_a_nan_on_one_rank_updates_no_weight_on_any(layout, poison):
+    world_size, topology = LAYOUTS[layout]
+    results = run_ranks(weights_around_poison, world_size, Job(topology=topology), poison)
+    assert results == [(False, False, True, True)] * world_size
+
+
+def dropped(job, iteration):
+    from ml_train.step import seed_step, train_step
+
+    rank = Rank(job)
+    seed_step(5, iteration, rank.place)
+    batches = rank.batches(0)
+    return train_step(
+        rank.ddp, rank.optimizer, batches, rank.shape, stop_requested=lambda: False
+    ).loss
+
+
+def test_dropout_masks_follow_from_the_step_alone():
+    job = Job(dropout=Dropout(hidden_dropout=0.2, attention_dropout=0.2))
+    first, again, other_step = (run_ranks(dropped, 2, job, step)[0] for step in (3, 3, 4))
+    assert first == again
+    assert first != pytest.approx(other_step, rel=1e-6)
+    assert first != pytest.approx(single_curve()[0][0], rel=1e-6)
