@@ -146,29 +146,38 @@ def check_command(words: list[str], *, parse: bool) -> None:
     elif words[:3] == ["python", "-m", "hatch"]:
         check_hatch(words[3:])
     elif words[0] == "torchrun":
-        from torch.distributed.run import get_args_parser
-
-        given = get_args_parser().parse_args(words[1:])
-        if not given.module:
-            raise WrongError(f"{shlex.join(words)}: no -m MODULE")
-        program = given.training_script.replace("_", "-")
-        parse_only([program, *given.training_script_args], ranks=int(given.nproc_per_node))
+        check_torchrun(words[1:])
     elif words[0] == "python" and words[1].startswith("tools/"):
         if not Path(words[1]).is_file():
             raise WrongError(f"{shlex.join(words)}: {words[1]} does not exist")
-    elif words[0] not in PROGRAMS:
+    else:
+        check_program(words, parse=parse)
+
+
+def check_program(words: list[str], *, parse: bool) -> None:
+    """Run a command of ours, or only read its flags: all of them, or those of a sketch with `...`."""
+    if words[0] not in PROGRAMS:
         raise WrongError(f"{shlex.join(words)}: {words[0]} is no program this test knows")
-    elif "..." in words:
-        text = (
-            ROOT / "tests" / "flags" / f"{'-'.join(words[: words.index('...')])}.txt"
-        ).read_text()
-        missing = {word for word in words if word.startswith("--")} - set(text.split())
+    if "..." in words:
+        command = "-".join(words[: words.index("...")])
+        known = (ROOT / "tests" / "flags" / f"{command}.txt").read_text().split()
+        missing = {word for word in words if word.startswith("--")} - set(known)
         if missing:
             raise WrongError(f"{shlex.join(words)}: there is no {missing}")
     elif parse:
         parse_only(words)
     else:
         run_program(words)
+
+
+def check_torchrun(words: list[str]) -> None:
+    from torch.distributed.run import get_args_parser
+
+    given = get_args_parser().parse_args(words)
+    if not given.module:
+        raise WrongError(f"torchrun {shlex.join(words)}: no -m MODULE")
+    program = given.training_script.replace("_", "-")
+    parse_only([program, *given.training_script_args], ranks=int(given.nproc_per_node))
 
 
 def check_pip(words: list[str]) -> None:
