@@ -155,7 +155,7 @@ def check_command(words: list[str], *, parse: bool) -> None:
 
 
 def check_program(words: list[str], *, parse: bool) -> None:
-    """Run a command of ours, or only read its flags: all of them, or those of a sketch with `...`."""
+    """Run a command of ours, or read its flags only; of a sketch with `...`, those it shows."""
     if words[0] not in PROGRAMS:
         raise WrongError(f"{shlex.join(words)}: {words[0]} is no program this test knows")
     if "..." in words:
