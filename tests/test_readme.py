@@ -393,14 +393,13 @@ def test_links_lead_to_files(readme: Path) -> None:
 
 
 def operators_table() -> str:
-    from ml_kernels.dispatch import IMPLEMENTATIONS
+    from ml_kernels.dispatch import DEVICES, IMPLEMENTATIONS, operators
 
-    names = {"attention": "dot_product_attention", "rotary": "apply_rotary"}
-    devices = ("cpu", "cuda", "npu")
-    rows = ["| function | CPU | CUDA | NPU |", "|---|---|---|---|"]
-    for operator in sorted({operator for operator, _ in IMPLEMENTATIONS}):
-        own = ["own" if (operator, device) in IMPLEMENTATIONS else "" for device in devices]
-        rows.append(f"| `{names.get(operator, operator)}` | {' | '.join(own)} |")
+    rows = [f"| function | {' | '.join(d.upper() for d in DEVICES)} |", "|---|---|---|---|"]
+    for operator in operators():
+        targets = [IMPLEMENTATIONS.get((operator, device), "") for device in DEVICES]
+        kinds = ["torch" if t.startswith("ml_kernels.fused:") or not t else "own" for t in targets]
+        rows.append(f"| `{operator}` | {' | '.join(kinds)} |")
     return "\n".join(rows) + "\n"
 
 

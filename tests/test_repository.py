@@ -10,7 +10,7 @@ import ast
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -54,10 +54,10 @@ def _distribution(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", name[0]).lower()
 
 
-def imported_modules(folder: Path) -> dict[str, str]:
-    """Return every top-level module imported anywhere below `folder`, with a place where it is."""
+def imported_modules(files: Iterable[Path]) -> dict[str, str]:
+    """Return every top-level module imported anywhere in `files`, with a place where it is."""
     modules: dict[str, str] = {}
-    for file in sorted(folder.rglob("*.py")):
+    for file in sorted(files):
         for node in ast.walk(ast.parse(file.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -68,16 +68,22 @@ def imported_modules(folder: Path) -> dict[str, str]:
 
 
 def dependency_violations(root: Path) -> Iterator[str]:
-    """What `src` imports is declared, siblings exactly; tests may use the extra `test` too."""
+    """What `src` imports is declared, siblings exactly; tests may use the extra `test` too.
+
+    Tests in a folder with the name of an extra may use that one: they run where it is installed.
+    """
     siblings = {package.name for package in packages(root)}
     for package in packages(root):
         declared = set(package.dependencies)
-        used = imported_modules(package.root / "src")
+        used = imported_modules((package.root / "src").rglob("*.py"))
         yield from _undeclared(package, used, declared | package.extras())
         tests = package.root / "tests"
-        local = {path.stem for path in tests.glob("*.py")}
-        tested = {m: at for m, at in imported_modules(tests).items() if m not in local}
-        yield from _undeclared(package, tested, declared | package.extras("test") | {"pytest"})
+        local = {path.stem for path in tests.rglob("*.py")}
+        for folder, pattern in [(tests, "*.py"), *((path, "**/*.py") for path in tests.glob("*/"))]:
+            imports = imported_modules(folder.glob(pattern))
+            tested = {m: at for m, at in imports.items() if m not in local}
+            allowed = declared | package.extras("test", folder.name) | {"pytest"}
+            yield from _undeclared(package, tested, allowed)
         for name in sorted(declared & siblings):
             if name.replace("-", "_") not in used:
                 yield f"{package.name} declares {name} but never imports it"
@@ -193,7 +199,7 @@ def test_planted_imports_are_found(fake: Path, file: str, text: str, violation: 
     assert list(dependency_violations(fake)) == [violation]
 
 
-def test_extras_declare_too_but_only_test_is_for_tests(fake: Path) -> None:
+def test_extras_declare_too_but_for_tests_only_test_and_that_of_their_folder(fake: Path) -> None:
     low = fake / "packages/ml-low"
     with (low / "pyproject.toml").open("a") as file:
         file.write('[project.optional-dependencies]\nnpu = ["torch-npu"]\ntest = ["PyYAML>=6"]\n')
@@ -201,6 +207,10 @@ def test_extras_declare_too_but_only_test_is_for_tests(fake: Path) -> None:
     (low / "tests/test_work.py").write_text("import yaml")
     assert list(dependency_violations(fake)) == []
     (low / "tests/helper.py").touch()
+    (low / "tests/npu").mkdir()
+    (low / "tests/npu/stubs.py").touch()
+    (low / "tests/npu/test_npu.py").write_text("import torch_npu\nimport yaml\nimport stubs")
+    assert list(dependency_violations(fake)) == []
     (low / "tests/test_work.py").write_text("import torch_npu\nimport helper")
     assert len(list(dependency_violations(fake))) == 1
 

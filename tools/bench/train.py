@@ -19,18 +19,17 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from machine import machine
 
 from ml_data.atomic import FileSet
 from ml_data.indexed import IndexedDatasetWriter
@@ -235,29 +234,11 @@ def table(job: Job, sides: Sequence[Side], peak: float) -> Iterator[str]:
     )
 
 
-def machine() -> Iterator[str]:
-    """Describe the machine and the versions."""
-    if torch.cuda.is_available():
-        yield f"- {torch.cuda.get_device_name()}"
-    packages = ("torch", "megatron-core", "transformers", "accelerate", "ml-train", "ml-kernels")
-    yield f"- {_cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
-    yield "- " + ", ".join(f"{name} {version(name)}" for name in packages)
-    yield f"- Python {platform.python_version()}"
-
-
-def _cpu() -> str:
-    """Return the name of the CPU model as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown CPU"
-    return next((s.partition(":")[2].strip() for s in lines if s.startswith("model name")), "CPU")
-
-
 def main() -> None:
     """Measure and print Markdown."""
     options = _options()
-    print("\n".join(machine()))
+    packages = ("torch", "megatron-core", "transformers", "accelerate", "ml-train", "ml-kernels")
+    print("\n".join(machine(*packages)))
     sides = _sides(quick=options.quick)
     before = os.getloadavg()[0]
     for dtype in ("fp32", "bf16") if options.dtype == "both" else (options.dtype,):

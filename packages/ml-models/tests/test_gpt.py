@@ -204,3 +204,34 @@ def test_padding_of_the_vocabulary_takes_no_probability():
 
 
 TP4 = Topology(tensor_model_parallel_size=4, sequence_parallel=True)
+
+
+def modules_by_name(arch, topology):
+    chunks, *_ = build(arch, topology)
+    return {name: type(module).__name__ for name, module in chunks[0].module.named_modules()}
+
+
+@pytest.mark.parametrize(
+    ("swiglu", "normalization", "activation", "norm"),
+    [(True, "RMSNorm", "SwiGLU", "RMSNorm"), (False, "LayerNorm", "GELU", "LayerNorm")],
+)
+def test_layers_are_made_of_our_operators(swiglu, normalization, activation, norm):
+    arch = dataclasses.replace(ARCH, swiglu=swiglu, normalization=normalization)
+    (found,) = run_ranks(modules_by_name, 1, arch, Topology())
+    layer = "decoder.layers.0"
+    assert found[f"{layer}.mlp.activation_func"] == activation
+    assert found[f"{layer}.self_attention.core_attention"] == "CoreAttention"
+    norms = (f"{layer}.input_layernorm", f"{layer}.pre_mlp_layernorm", "decoder.final_layernorm")
+    assert {found[name] for name in norms} == {norm}
+    assert "IdentityFuncOp" not in found.values()
+
+
+@pytest.mark.parametrize("use_mc2", [True, False])
+def test_mc2_is_used_where_it_is_asked_for(use_mc2):
+    topology = Topology(tensor_model_parallel_size=2, sequence_parallel=True, use_mc2=use_mc2)
+    found = run_ranks(modules_by_name, 2, ARCH, topology)[0]
+    linears = {name: kind for name, kind in found.items() if "layers.0" in name and "linear" in name}
+    columns = {"GatheringLinear"} if use_mc2 else {"ColumnParallelLinear"}
+    rows = {"ScatteringLinear"} if use_mc2 else {"RowParallelLinear"}
+    assert {kind for name, kind in linears.items() if name.endswith(("qkv", "fc1"))} == columns
+    assert {kind for name, kind in linears.items() if name.endswith(("proj", "fc2"))} == rows

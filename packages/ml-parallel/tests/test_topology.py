@@ -205,6 +205,14 @@ def test_sequence_parallel_is_dropped_without_tensor_parallel_and_says_so(caplog
     assert caplog.text == ""
 
 
+def test_mc2_goes_with_sequence_parallel_only(caplog):
+    assert topology(tp=2, sequence_parallel=True, use_mc2=True).use_mc2 is True
+    assert Topology(sequence_parallel=True, use_mc2=True).use_mc2 is False
+    assert "--sequence-parallel has no effect" in caplog.text
+    with pytest.raises(ValueError, match="--use-mc2: needs --sequence-parallel"):
+        topology(tp=2, use_mc2=True)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -46,6 +46,7 @@ LAYOUTS = {
     "dp4 dist overlap": (4, Topology(**DIST, **OVERLAP)),
     "dp4 dist 2 instances": (4, Topology(**DIST, num_distributed_optimizer_instances=2)),
     "pp4": (4, Topology(pipeline_model_parallel_size=4)),
+    "tp2 sp mc2": (2, Topology(**TP2, sequence_parallel=True, use_mc2=True)),
     "tp2 pp2 sp": (4, Topology(**TP2, **PP2, sequence_parallel=True)),
     "tp2 dp2 sp dist": (4, Topology(**TP2, **DIST, sequence_parallel=True)),
     "tp2 pp2 vpp": (4, Topology(**TP2, **VPP)),

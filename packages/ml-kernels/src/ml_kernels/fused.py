@@ -2,43 +2,81 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
-from ml_kernels.attention import causal_mask
+from ml_kernels.activation import Approximation, biased
+from ml_kernels.optimizer import adamw_reference
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """See `ml_kernels.rms_norm`."""
-    return F.rms_norm(x, weight.shape, weight, eps)
-
-
-def dot_product_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
-    """See `ml_kernels.dot_product_attention`.
+    """See `ml_kernels.layer_norm`.
 
-    torch picks a flash kernel: on a CPU about four times the reference, with native groups and no
-    score matrix in memory. With dropout a CPU falls back to torch's unfused version.
+    With a float32 weight beside a half-precision `x` it runs in float32: CUDA has no such mixture.
     """
-    queries, keys = query.shape[0], key.shape[0]
-    # torch aligns `is_causal` at the first key; only the square case agrees with ours.
-    square, single = queries == keys, queries == 1
-    mask = causal_mask(queries, keys, query.device) if causal and not (square or single) else None
-    query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # (B, N, S, D)
-    out = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=dropout_p,
-        is_causal=causal and square and not single,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return out.permute(2, 0, 1, 3)  # (S, B, N, D)
+    if weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    bias = None if bias is None else bias.to(wide)
+    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), bias, eps).to(x.dtype)
+
+
+def gelu(x: torch.Tensor, bias: torch.Tensor | None, approximate: Approximation) -> torch.Tensor:
+    """See `ml_kernels.gelu`: torch's kernel is one pass over `x`, forward and backward."""
+    return F.gelu(biased(x, bias), approximate=approximate)
+
+
+@torch.no_grad()
+def adamw(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """See `ml_kernels.adamw`.
+
+    torch's kernel reads and writes every number once, where the reference does ten times. It takes
+    tensors of one dtype, and walks through their memory without looking at strides: whatever does
+    not fit goes through the reference.
+    """
+    by_dtype: dict[torch.dtype | None, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
+    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        by_dtype[_common_dtype(tensors)].append(tensors)
+    for dtype, updates in by_dtype.items():
+        p, g, m, v = (list(column) for column in zip(*updates, strict=True))
+        if dtype is None:
+            adamw_reference(p, g, m, v, step, lr, beta1, beta2, eps, weight_decay)
+            continue
+        steps = torch.full((), float(step), dtype=torch.float32, device=p[0].device)
+        torch._fused_adamw_(
+            p,
+            g,
+            m,
+            v,
+            [],
+            [steps] * len(updates),
+            lr=lr,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def _common_dtype(tensors: tuple[torch.Tensor, ...]) -> torch.dtype | None:
+    """Return the dtype of tensors that torch's kernel can update, None for others."""
+    dtype = tensors[0].dtype
+    return dtype if all(t.dtype == dtype and t.is_contiguous() for t in tensors) else None

@@ -51,10 +51,7 @@ class GPT(GPTModel):  # type: ignore[misc]
         if true_columns < logits.shape[-1]:
             logits[..., max(0, true_columns) :] = float("-inf")
         target = labels.transpose(0, 1).contiguous()  # (S, B)
-        if group.size() == 1:
-            loss = ml_kernels.cross_entropy(logits, target)
-        else:
-            loss = tensor_parallel.vocab_parallel_cross_entropy(logits, target)
+        loss = ml_kernels.cross_entropy(logits, target, group=group)
         return loss.transpose(0, 1).contiguous()
 
 
@@ -96,7 +93,7 @@ def transformer_config(
         add_qkv_bias=arch.add_qkv_bias,
         gated_linear_unit=arch.swiglu,
         activation_func=torch.nn.functional.silu if arch.swiglu else torch.nn.functional.gelu,
-        use_te_activation_func=arch.swiglu,
+        use_te_activation_func=True,  # the activation is a module of ours
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=True,
@@ -152,7 +149,12 @@ def build_model(
         module = GPT(
             true_vocab_size=arch.vocab_size,
             config=config,
-            transformer_layer_spec=block_spec(len(layers), swiglu=arch.swiglu),
+            transformer_layer_spec=block_spec(
+                len(layers),
+                rms_norm=arch.normalization == "RMSNorm",
+                swiglu=arch.swiglu,
+                use_mc2=topology.use_mc2,
+            ),
             vocab_size=padded_vocab_size,
             max_sequence_length=seq_length,
             pre_process=first,

@@ -16,6 +16,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -29,44 +30,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 import ml_kernels
-
-
-class Norm(torch.nn.Module):
-    """RMSNorm or LayerNorm, as the config says; works with sequence parallelism."""
-
-    def __init__(
-        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        device = torch.cuda.current_device()
-        ones = torch.ones(hidden_size, dtype=config.params_dtype, device=device)
-        self.weight = torch.nn.Parameter(ones)
-        self.bias: torch.nn.Parameter | None = None
-        if config.normalization == "LayerNorm":
-            self.bias = torch.nn.Parameter(torch.zeros_like(ones))
-        for parameter in self.parameters():
-            # megatron-core sums the gradients of such parameters over the tensor-parallel ranks,
-            # each of which sees only its part of the sequence.
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Normalise `(S, B, H)` over its last dimension."""
-        if self.bias is None:
-            return ml_kernels.rms_norm(hidden, self.weight, eps=self.eps)
-        return ml_kernels.layer_norm(hidden, self.weight, self.bias, eps=self.eps)
-
-
-class SwiGLU(torch.nn.Module):
-    """The gated activation between the two linear layers of the MLP."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        del config  # nothing to configure; megatron-core builds every module with one
-
-    def forward(self, gate_and_up: torch.Tensor) -> torch.Tensor:
-        """Return `silu(gate) * up`, `(S, B, F)` from `(S, B, 2F)`."""
-        return ml_kernels.swiglu(gate_and_up)
+from ml_kernels.modules import GELU, LayerNorm, RMSNorm, SwiGLU
 
 
 class CoreAttention(MegatronModule):  # type: ignore[misc]
@@ -96,34 +60,85 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         # Heads differ between tensor-parallel ranks, so their dropout must too.
         fork = get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext()
         with fork:
-            context = ml_kernels.dot_product_attention(
-                query, key, value, causal=True, scale=self.scale, dropout_p=dropout
+            context = ml_kernels.flash_attention(
+                query,
+                key,
+                value,
+                layout="SBND",
+                causal=True,
+                scale=self.scale,
+                dropout_p=dropout,
             )
         return context.flatten(2)
+
+
+class GatheringLinear(ColumnParallelLinear):  # type: ignore[misc]
+    """A column-parallel layer that gathers its sequence while it already multiplies (MC2)."""
+
+    def _forward_impl(
+        self,
+        input: torch.Tensor,  # noqa: A002  # megatron-core passes it by this name
+        weight: torch.Tensor,
+        *,
+        bias: torch.Tensor | None,
+        tp_group: torch.distributed.ProcessGroup,
+        **options: Any,
+    ) -> torch.Tensor:
+        if not options["sequence_parallel"]:
+            return super()._forward_impl(input, weight, bias=bias, tp_group=tp_group, **options)
+        output = ml_kernels.all_gather_matmul(input, weight, tp_group)
+        return output if bias is None else output + bias
+
+
+class ScatteringLinear(RowParallelLinear):  # type: ignore[misc]
+    """A row-parallel layer that adds up and scatters its sequence while it multiplies (MC2)."""
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return `(S/tp, B, H)` from `(S, B, F/tp)`, and the bias if it is not added here."""
+        if not self.sequence_parallel or self.explicit_expert_comm:
+            return super().forward(input_)
+        output = ml_kernels.matmul_reduce_scatter(input_, self.weight, self.tp_group)
+        if self.skip_bias_add:
+            return output, self.bias
+        return (output if self.bias is None else output + self.bias), None
 
 
 class KernelsSpecProvider(LocalSpecProvider):  # type: ignore[misc]
     """megatron-core's own parallel linear layers, and `ml_kernels` for everything between them."""
 
+    def __init__(self, *, use_mc2: bool = False, activation: type = SwiGLU) -> None:
+        self.use_mc2 = use_mc2
+        self.activation = activation
+
+    def column_parallel_linear(self) -> type:
+        """Return the layer whose output is cut over the tensor-parallel ranks."""
+        return GatheringLinear if self.use_mc2 else ColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        """Return the layer whose input is cut over the tensor-parallel ranks."""
+        return ScatteringLinear if self.use_mc2 else RowParallelLinear
+
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
-        """Return the norm module; it reads the kind of norm from the config."""
-        del rms_norm, for_qk
-        return Norm
+        """Return the norm module."""
+        del for_qk
+        return RMSNorm if rms_norm else LayerNorm
 
     def core_attention(self) -> type:
         """Return the attention module."""
         return CoreAttention
 
     def activation_func(self) -> type:
-        """Return the gated activation module."""
-        return SwiGLU
+        """Return the module between the two linear layers of the MLP."""
+        return self.activation
 
 
-def block_spec(num_layers: int, *, swiglu: bool) -> TransformerBlockSubmodules:
+def block_spec(
+    num_layers: int, *, rms_norm: bool, swiglu: bool, use_mc2: bool = False
+) -> TransformerBlockSubmodules:
     """Describe the layers of one pipeline chunk."""
-    provider = KernelsSpecProvider()
+    provider = KernelsSpecProvider(use_mc2=use_mc2, activation=SwiGLU if swiglu else GELU)
     layer = TransformerLayerSubmodules(
-        input_layernorm=provider.layer_norm(),
+        input_layernorm=provider.layer_norm(rms_norm),
         self_attention=ModuleSpec(
             module=SelfAttention,
             params={"attn_mask_type": AttnMaskType.causal},
@@ -136,11 +151,11 @@ def block_spec(num_layers: int, *, swiglu: bool) -> TransformerBlockSubmodules:
             ),
         ),
         self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=provider.layer_norm(),
-        mlp=get_mlp_module_spec_for_backend(provider, use_te_activation_func=swiglu),
+        pre_mlp_layernorm=provider.layer_norm(rms_norm),
+        mlp=get_mlp_module_spec_for_backend(provider, use_te_activation_func=True),
         mlp_bda=get_bias_dropout_add,
     )
     spec = ModuleSpec(module=TransformerLayer, submodules=layer)
     return TransformerBlockSubmodules(
-        layer_specs=[spec] * num_layers, layer_norm=provider.layer_norm()
+        layer_specs=[spec] * num_layers, layer_norm=provider.layer_norm(rms_norm)
     )

@@ -57,6 +57,8 @@ class Topology:
     """Ranks over which the experts of a layer are dealt out; taken from the data-parallel ranks."""
     sequence_parallel: bool = False
     """Also cut what lies between the tensor-parallel layers, along the sequence."""
+    use_mc2: bool = False
+    """Overlap the collectives of sequence parallelism with the matrix products beside them."""
     use_distributed_optimizer: bool = False
     """Cut the optimizer state over the data-parallel ranks (ZeRO-1)."""
     num_distributed_optimizer_instances: int = 1
@@ -70,9 +72,12 @@ class Topology:
         _check_sizes(self)
         _check_pipeline(self)
         _check_optimizer(self)
+        if self.use_mc2 and not self.sequence_parallel:
+            raise ValueError("--use-mc2: needs --sequence-parallel")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             logger.warning("--sequence-parallel has no effect: --tensor-model-parallel-size is 1")
             object.__setattr__(self, "sequence_parallel", False)
+            object.__setattr__(self, "use_mc2", False)
 
     @property
     def model_parallel_size(self) -> int:

@@ -1,146 +1,158 @@
-"""Causal attention whose backward pass, in bfloat16, is a few large matrix products.
+"""Attention on a CPU: the tiles in which torch's flash kernel computes a call.
 
-The backward pass of torch's flash kernel works in small tiles and reaches a fifth of the matmul
-peak where the CPU multiplies bfloat16 natively. Here a block of queries meets all its keys in one
-product, still without the matrix of all scores in memory: 1.5 times as fast with grouped heads, 1.3
-without. In float32, and forward, torch's kernel is as good or better, and it is used.
-
-The one idea: a bfloat16 score has 8 significant bits, too few when it is large. What is needed is
-the score less the log-sum-exp of its row, the logarithm of a weight. So that becomes extra columns
-of the product, `[q, -c] . [k, 1] = q . k - c`, and is subtracted in the float32 accumulator, before
-rounding: weights that matter have small logarithms, and the gradients are as exact as torch's.
-The mean gradient of a row is subtracted from the gradients of its scores in the same way.
-
-Shapes: `S` sequence, `B` batch, `N` query heads, `G` groups, `R = N / G`, `D` head dimension,
-`Q` the queries of a block, `K` the keys they see.
+Shapes: `B` batch, `N` query heads, `Sq`, `Sk` query and key lengths; in a tile `n` queries and `m`
+keys, the last query at the last key.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from ml_kernels import fused
+from ml_kernels.attention import attention_reference
+from ml_kernels.attention_backward import Gradients, attention_backward_reference
+from ml_kernels.attention_call import AttentionCall, Result, hidden_keys
+from ml_kernels.cpu import flash
+from ml_kernels.layouts import from_heads_first, heads_first, of_equal_width, widened
 
-_BLOCK = 128
-"""Queries that are computed together: more waste half of the products on masked scores, fewer make
-them too small to be fast."""
-
-_EXTRA = 4
-"""Extra columns: three bfloat16 numbers hold a float32, and an even number is faster."""
+_BLOCK = 256
+"""Queries that share a window: fewer compute fewer hidden scores, more need fewer calls. Of 4,096
+with a window of 512 this takes a fifth of the time of one tile."""
 
 
-def dot_product_attention(
+def flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
+) -> Result:
+    """See `ml_kernels.flash_attention`."""
+    if call.dropout_p or query.dtype == torch.float64:
+        # Torch's flash kernel has neither; its unfused version has no advantage over ours.
+        return attention_reference(query, key, value, call)
+    query = heads_first(query, call.layout, call.heads)
+    key, value = (heads_first(t, call.layout, call.groups) for t in (key, value))
+    width = value.shape[-1]
+    tiles = _tiles(call)
+    given = of_equal_width(query, key, value)
+    out, lse = flash.attend(*given, call.scale, call.sinks, tiles)
+    out = from_heads_first(out if out.shape[-1] == width else out[..., :width], call.layout)
+    if not call.return_lse:
+        return out
+    lse = flash.exact_lse(lse, tiles)
+    return out, lse[0].transpose(0, 1) if call.layout == "TND" else lse
+
+
+def flash_attention_backward(
+    gradient: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-) -> torch.Tensor:
-    """See `ml_kernels.dot_product_attention`."""
-    square = causal and query.shape[0] == key.shape[0] and scale > 0 and not dropout_p
-    if square and query.dtype == torch.bfloat16 and _multiplies_bfloat16():
-        return causal_attention(query, key, value, scale)
-    return fused.dot_product_attention(query, key, value, causal, scale, dropout_p)
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    call: AttentionCall,
+) -> Gradients:
+    """See `ml_kernels.flash_attention_backward`."""
+    if query.dtype == torch.float64:
+        return attention_backward_reference(gradient, query, key, value, out, lse, call)
+    layout, heads, groups = call.layout, call.heads, call.groups
+    gradient, query, out = (heads_first(t, layout, heads) for t in (gradient, query, out))
+    key, value = (heads_first(t, layout, groups) for t in (key, value))
+    lse = lse.mT[None] if layout == "TND" else lse
+    # To the kernel, the log-sum-exp of a query that sees no key is 0.
+    lse = lse.masked_fill(lse == float("-inf"), 0.0)
+    widths = (query.shape[-1], query.shape[-1], value.shape[-1])
+    query, key, value = of_equal_width(query, key, value)
+    gradient, out = (widened(t, query.shape[-1]) for t in (gradient, out))
+    given = gradient, query, key, value, out, lse
+    found = flash.gradients(*given, call.scale, _tiles(call))
+    q, k, v = (from_heads_first(t[..., :w], layout) for t, w in zip(found, widths, strict=True))
+    return q, k, v
 
 
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has AVX-512 BF16 but not AMX, which torch's own kernel makes use of."""
-    cpu = torch.cpu
-    return bool(cpu._is_avx512_bf16_supported() and not cpu._is_amx_tile_supported())
+def _tiles(call: AttentionCall) -> list[flash.Tile]:
+    """Cut a call into tiles, leaving out queries that see no key."""
+    if call.mask is not None:
+        return [_masked_tile(call, call.mask)]
+    tiles = []
+    biases: dict[tuple[int, int], torch.Tensor | None] = {}
+    for query, query_end, key, key_end in call.spans():
+        first = max(query, query_end - (key_end - key)) if call.causal else query
+        if first < query_end and key < key_end:
+            for rows, keys in _blocks(call, slice(first, query_end), slice(key, key_end)):
+                size = rows.stop - rows.start, keys.stop - keys.start
+                if size not in biases:
+                    biases[size] = _bias(call, *size)
+                offset = _offset(call, size[0], keys.stop - 1 - key)
+                triangle = _is_triangle(call, *size)
+                tiles.append(flash.Tile(rows, keys, triangle, biases[size], offset, None))
+    return tiles
 
 
-def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Attend from `(S, B, N, D)` to `(S, B, G, D)`, each query to its key and those before."""
-    out: torch.Tensor = _CausalAttention.apply(  # type: ignore[no-untyped-call]
-        query, key, value, scale
+def _blocks(call: AttentionCall, rows: slice, keys: slice) -> Iterator[tuple[slice, slice]]:
+    """Cut the queries of a sequence into blocks, each with the keys in its windows."""
+    if call.window is None:
+        yield rows, keys
+        return
+    for start in range(rows.start, rows.stop, _BLOCK):
+        end = min(start + _BLOCK, rows.stop)
+        last = keys.stop - (rows.stop - end)
+        first = last - (end - start) - call.window + 1
+        yield slice(start, end), slice(max(keys.start, first), last)
+
+
+def _masked_tile(call: AttentionCall, mask: torch.Tensor) -> flash.Tile:
+    """Return the tile of everything, with the mask in its bias."""
+    triangle = _is_triangle(call, call.queries, call.keys)
+    hidden = hidden_keys(call, mask.device)
+    assert hidden is not None
+    bias = _hiding(mask if triangle else hidden)
+    if call.alibi_slopes is not None:
+        bias = bias + _slope(call.alibi_slopes, call.keys)
+    return flash.Tile(
+        slice(0, call.queries),
+        slice(0, call.keys),
+        triangle,
+        bias.expand(-1, -1, call.queries, call.keys),
+        _offset(call, call.queries, call.keys - 1),
+        hidden.all(-1) if call.return_lse or call.sinks is not None else None,
     )
-    return out
 
 
-class _CausalAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *(t.permute(1, 2, 0, 3) for t in (query, key, value)), is_causal=True, scale=scale
-        )  # (B, N, S, D), (B, N, S)
-        out, logsumexp = out.permute(2, 0, 1, 3), logsumexp.permute(2, 0, 1)
-        ctx.save_for_backward(query, key, value, out, logsumexp)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
-        query, key, value, out, logsumexp = ctx.saved_tensors
-        scale, groups, width = ctx.scale, key.shape[2], key.shape[3]
-        heads = query.shape[2] // groups
-        queries, gradients = (_extended(_by_group(t, groups)) for t in (query, gradient))
-        keys, values = (_extended(_by_position(t), 1.0) for t in (key, value))
-        mean = (gradient.float() * out).sum(-1)  # (S, B, N)
-        _subtract(queries, _by_group(logsumexp[..., None] / scale, groups))
-        _subtract(gradients, _by_group(mean[..., None], groups))
-        of_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-        of_key, of_value = (
-            torch.zeros_like(t[..., :width], dtype=torch.float32) for t in (keys, values)
-        )
-        for start in range(0, query.shape[0], _BLOCK):
-            rows, past = slice(start, start + _BLOCK), slice(0, start + _BLOCK)
-            some, upstream = queries[:, rows].flatten(1, 2), gradients[:, rows].flatten(1, 2)
-            weights = torch.bmm(some, keys[:, past].mT).mul_(scale).exp_()  # (BG, QR, K)
-            _hide_future(weights, start, heads)
-            of_scores = torch.bmm(upstream, values[:, past].mT).mul_(weights)
-            of_value[:, past] += torch.bmm(weights.mT, upstream[..., :width])
-            of_key[:, past] += torch.bmm(of_scores.mT, some[..., :width])
-            mixed = torch.bmm(of_scores, keys[:, past, :width])
-            _by_group(of_query, groups)[:, rows] = mixed.view(len(keys), -1, heads, width) * scale
-        return of_query, _as(key, of_key * scale), _as(value, of_value), None
+def _is_triangle(call: AttentionCall, queries: int, keys: int) -> bool:
+    """Say whether the kernel's own causality, aligned at the first key, is all that hides one."""
+    return call.causal and queries == keys > 1 and (call.window is None or call.window >= keys)
 
 
-def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """View `(S, B, N, D)` as `(BG, S, R, D)`; a copy if its heads are not contiguous."""
-    positions, batch, heads, width = x.shape
-    return x.reshape(positions, batch * groups, heads // groups, width).transpose(0, 1)
+def _bias(call: AttentionCall, queries: int, keys: int) -> torch.Tensor | None:
+    """Return what is added to the scores of a tile of causality, window and ALiBi."""
+    bias = None
+    if call.causal and queries > 1 and not _is_triangle(call, queries, keys):
+        part = call._replace(queries=queries, keys=keys)
+        hidden = hidden_keys(part, torch.device("cpu"))
+        assert hidden is not None
+        bias = _hiding(hidden)
+    if call.alibi_slopes is not None:
+        slope = _slope(call.alibi_slopes, keys)
+        bias = slope if bias is None else bias + slope
+    return None if bias is None else bias.expand(-1, -1, queries, keys)
 
 
-def _by_position(x: torch.Tensor) -> torch.Tensor:
-    """View `(S, B, G, D)` as `(BG, S, D)`."""
-    return x.flatten(1, 2).transpose(0, 1)
+def _hiding(hidden: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
 
-def _extended(x: torch.Tensor, value: float = 0.0) -> torch.Tensor:
-    return F.pad(x, (0, _EXTRA), value=value)
+def _slope(slopes: torch.Tensor, keys: int) -> torch.Tensor:
+    """Return ALiBi's bias `(1, N, 1, m)`, 0 at the last key: one row serves all queries."""
+    return (slopes[:, None] * torch.arange(1 - keys, 1, dtype=slopes.dtype))[None, :, None]
 
 
-def _as(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return `(BG, S, D)` as `(S, B, G, D)` in the dtype of `like`."""
-    return x.to(like.dtype).transpose(0, 1).reshape(like.shape)
+def _offset(call: AttentionCall, queries: int, last: int) -> torch.Tensor | None:
+    """Return what ALiBi adds to the rows of a tile whose last key is at position `last`.
 
-
-def _subtract(x: torch.Tensor, constants: torch.Tensor) -> None:
-    """Put `-constants`, `(..., 1)` float32, into the extra columns as a sum of bfloat16 numbers."""
-    rest = -constants
-    for column in range(_EXTRA - 1):
-        part = rest.to(x.dtype)
-        x[..., column - _EXTRA, None] = part
-        rest = rest - part
-
-
-def _hide_future(weights: torch.Tensor, start: int, heads: int) -> None:
-    """Zero the weights `(BG, QR, K)` of keys that come after their query."""
-    size = weights.shape[2] - start
-    future = torch.ones(size, size, dtype=torch.bool).triu_(1)
-    block = weights.view(-1, size, heads, weights.shape[2])[..., start:]
-    block.masked_fill_(future[:, None], 0.0)
+    It changes no weight, so it is made only for those who look at the log-sum-exp.
+    """
+    if call.alibi_slopes is None or not (call.return_lse or call.sinks is not None):
+        return None
+    if call.alibi_form == "row":
+        return call.alibi_slopes[:, None] * last
+    after = torch.arange(queries - 1, -1, -1, dtype=call.alibi_slopes.dtype)
+    return call.alibi_slopes[:, None] * after

