@@ -163,16 +163,16 @@ def memory_table(sizes: Sizes) -> Iterator[str]:
     for name, found in results.items():
         memory, seconds = found["bytes"], found["seconds"]
         yield (
-            f"| {name} | {memory / 2**20:,.0f} MiB | {memory / full['bytes']:.0%} "
+            f"| {name} | {memory / 2**20:,.0f} MiB | {memory / max(1, full['bytes']):.0%} "
             f"| {seconds:.2f} s | {seconds / full['seconds']:.2f}x |"
         )
 
 
-def _in_own_process(shape: str, *, quick: bool, repeats: int = 3) -> dict[str, float]:
+def _in_own_process(shape: str, *, quick: bool) -> dict[str, float]:
     command = [sys.executable, __file__, "--memory", shape, *(["--quick"] if quick else [])]
     runs = [
         json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        for _ in range(repeats)
+        for _ in range(1 if quick else 3)
     ]
     return {
         "bytes": statistics.median(run["bytes"] for run in runs),

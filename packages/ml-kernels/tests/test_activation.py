@@ -154,6 +154,14 @@ def test_an_upstream_gradient_with_strides_is_accepted(backend):
     assert_near([found], [expected])
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_result_may_be_changed_in_place(backend):
+    x = random(6, 48)
+    out = ml_kernels.swiglu(x, backend=backend)
+    (found,) = torch.autograd.grad(out.mul_(2).sum(), x)
+    assert_near([found], torch.autograd.grad(2 * gated(silu)(x).sum(), x))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("device", "backend"), runs("swiglu"))
 def test_a_float32_bias_is_accepted_beside_half_precision(device, backend, dtype):

@@ -1,16 +1,22 @@
-"""The backward pass written for bfloat16 on a CPU, over several blocks of queries."""
+"""Attention on a CPU: the gradients written for bfloat16, and the tiles of torch's kernel."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from attention_formula import SLOPES, tensors, to_layout
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_near, random, with_gradients
 
-from ml_kernels import fused
-from ml_kernels.cpu import attention
-from ml_kernels.dispatch import implementation
+from ml_kernels import flash_attention
+from ml_kernels.cpu import attention, causal, flash
+
+OPERATOR = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def inputs(dtype, *, positions=300, batch=2, heads=6, groups=2, width=16, size=1.0):
+    """Return query, key, value and the gradient of the output, `(S, B, N, D)`."""
     generator = torch.Generator().manual_seed(0)
     sizes = (heads, groups, groups, heads)
     return [
@@ -19,69 +25,164 @@ def inputs(dtype, *, positions=300, batch=2, heads=6, groups=2, width=16, size=1
     ]
 
 
-def gradients(function, query, key, value, upstream, scale=0.25):
-    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
-    out = function(*leaves, scale)
-    return out.detach(), torch.autograd.grad(out, leaves, upstream)
+def torchs_own(query, key, value, upstream, scale=0.25):
+    """Return torch's output, its log-sum-exp and its gradients, in the layout of the inputs."""
+    leaves = [t.detach().permute(1, 2, 0, 3).requires_grad_() for t in (query, key, value)]
+    out, lse = OPERATOR(*leaves, is_causal=True, scale=scale)
+    found = torch.autograd.grad(out, leaves, upstream.permute(1, 2, 0, 3).to(out.dtype))
+    return out.detach().permute(2, 0, 1, 3), lse, [t.permute(2, 0, 1, 3) for t in found]
 
 
-def torchs_own(query, key, value, scale):
-    return fused.dot_product_attention(query, key, value, True, scale, 0.0)
+def ours(query, key, value, upstream, scale=0.25):
+    out, lse, _ = torchs_own(query, key, value, upstream, scale)
+    return causal.causal_gradients(
+        upstream, query, key, value, out, lse.permute(2, 0, 1).float(), scale
+    )
 
 
 def relative_errors(found, expected):
     return [float((f.double() - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True)]
 
 
+def exact(*given):
+    return torchs_own(*(t.double() for t in given))[2]
+
+
 @pytest.mark.parametrize("groups", [6, 2, 1])
 def test_blocks_of_queries_give_the_gradients_of_the_formula(groups):
     given = inputs(torch.float32, groups=groups)
-    out, found = gradients(attention.causal_attention, *given)
-    expected_out, expected = gradients(torchs_own, *(t.double() for t in given))
-    assert max(relative_errors([out, *found], [expected_out, *expected])) < 1e-6
+    assert max(relative_errors(ours(*given), exact(*given))) < 1e-6
 
 
 @pytest.mark.parametrize("size", [1.0, 3.0])
 def test_large_bfloat16_scores_cost_no_more_accuracy_than_in_torch(size):
     given = inputs(torch.bfloat16, size=size)
-    _, expected = gradients(torchs_own, *(t.double() for t in given))
-    torchs = relative_errors(gradients(torchs_own, *given)[1], expected)
-    ours = relative_errors(gradients(attention.causal_attention, *given)[1], expected)
-    assert max(ours) < 1.5 * max(torchs)
+    expected = exact(*given)
+    torchs = relative_errors(torchs_own(*given)[2], expected)
+    assert max(relative_errors(ours(*given), expected)) < 1.5 * max(torchs)
 
 
 def test_tensors_that_are_views_of_one_projection_are_accepted():
-    width = 16
     mixed = torch.cat(inputs(torch.float32)[:3], dim=2)  # (S, B, heads + 2 groups, D)
     query, key, value = mixed.split([6, 2, 2], dim=2)
-    upstream = torch.ones(300, 6, 2, width).transpose(1, 2)
-    _, found = gradients(attention.causal_attention, query, key, value, upstream)
-    _, expected = gradients(torchs_own, query.double(), key.double(), value.double(), upstream)
-    assert max(relative_errors(found, expected)) < 1e-6
+    upstream = torch.ones(300, 6, 2, 16).transpose(1, 2)
+    found = ours(query, key, value, upstream)
+    assert max(relative_errors(found, exact(query, key, value, upstream))) < 1e-6
 
 
 def test_a_future_score_however_large_changes_nothing():
     query, key, value, upstream = inputs(torch.bfloat16, positions=8, groups=6)
     query[:4], key[4:] = 1e3, 1e3
     upstream[4:] = 0
-    _, (of_query, of_key, of_value) = gradients(
-        attention.causal_attention, query, key, value, upstream
-    )
+    of_query, of_key, of_value = ours(query, key, value, upstream)
     assert of_query.isfinite().all()
     assert not of_key[4:].any()
     assert not of_value[4:].any()
 
 
-def test_it_is_used_where_it_is_faster_only(monkeypatch):
-    calls = []
-    monkeypatch.setattr(attention, "causal_attention", lambda *given: calls.append(given))
-    monkeypatch.setattr(attention, "_multiplies_bfloat16", lambda: True)
-    query, key, value, _ = inputs(torch.bfloat16, positions=4)
-    attend = implementation("attention", query)
-    attend(query, key, value, True, 0.25, 0.0)
-    assert len(calls) == 1
-    attend(query[:1], key, value, True, 0.25, 0.0)
-    attend(query, key, value, False, 0.25, 0.0)
-    attend(query, key, value, True, 0.25, 0.5)
-    attend(query.float(), key.float(), value.float(), True, 0.25, 0.0)
-    assert len(calls) == 1
+@pytest.fixture
+def counted(monkeypatch):
+    """Count the calls of the gradients written here, as on a CPU where they are faster."""
+    calls, function = [], causal.causal_gradients
+
+    def gradients(*given):
+        calls.append(given)
+        return function(*given)
+
+    monkeypatch.setattr(causal, "causal_gradients", gradients)
+    monkeypatch.setattr(causal, "multiplies_bfloat16", lambda: True)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("times", "options"),
+    [
+        (1, {}),
+        (1, {"sinks": torch.ones(4)}),
+        (1, {"return_lse": True}),
+        (0, {"causal": False}),
+        (0, {"keys": 5}),
+        (0, {"keys": 3, "window": 2}),
+        (0, {"dropout_p": 0.5}),
+        (0, {"alibi_slopes": SLOPES}),
+        (0, {"mask": torch.zeros(4, 4).bool()}),
+        (0, {"dtype": torch.float32}),
+    ],
+)
+def test_they_are_used_where_they_are_faster_only(counted, times, options):
+    options = dict(options)
+    keys, dtype = options.pop("keys", 4), options.pop("dtype", torch.bfloat16)
+    given = [t.detach().requires_grad_() for t in tensors(4, keys, dtype=dtype)]
+    result = flash_attention(*given, layout="BNSD", **{"causal": True, **options})
+    out = result[0] if isinstance(result, tuple) else result
+    torch.autograd.grad(out.sum(), given)
+    assert len(counted) == times
+
+
+def test_they_take_the_tensors_of_megatrons_layout_as_they_are(counted):
+    given = inputs(torch.bfloat16, positions=8)
+    leaves = [t.requires_grad_() for t in given[:3]]
+    out = flash_attention(*leaves, layout="SBND", causal=True)
+    out.backward(given[3])
+    for taken, leaf in zip(counted[0][1:4], leaves, strict=True):
+        assert taken.data_ptr() == leaf.data_ptr()
+        assert taken.stride() == leaf.stride()
+
+
+@pytest.mark.parametrize("sinks", [None, random(4, seed=5).detach()])
+@pytest.mark.parametrize("layout", ["SBND", "TND"])
+def test_attention_with_them_has_the_gradients_of_the_reference(counted, layout, sinks):
+    ends = {"cu_seqlens_q": (0, 2, 9), "cu_seqlens_k": (0, 2, 9)} if layout == "TND" else {}
+    options = {"layout": layout, "causal": True, **ends}
+    given = [t.detach().bfloat16() for t in tensors(9, 9, batch=1)]
+    given = [to_layout(t, layout).requires_grad_() for t in given]
+    sinks = [] if sinks is None else [sinks.clone().requires_grad_()]
+
+    def attend(q, k, v, *s, **more):
+        return flash_attention(q, k, v, sinks=s[0] if s else None, **options, **more)
+
+    found = with_gradients(attend, [*given, *sinks])
+    expected = with_gradients(lambda *x: attend(*x, backend="reference"), [*given, *sinks])
+    assert_near(found, expected, torch.bfloat16)
+    assert counted
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_blocks_of_any_size_give_the_same_numbers(data):
+    lengths = st.integers(1, 12)
+    queries, keys, window = (data.draw(lengths) for _ in range(3))
+    options = {"layout": "BNSD", "causal": True, "window": window}
+    form = data.draw(st.sampled_from([None, "row", "square"]))
+    if form:
+        options |= {"alibi_slopes": SLOPES, "alibi_form": form}
+    sinks = [random(4, seed=7)] if data.draw(st.booleans()) else []
+    given = [*tensors(queries, keys), *sinks]
+
+    def attend(q, k, v, *s, **more):
+        return flash_attention(q, k, v, sinks=s[0] if s else None, **options, **more)
+
+    expected = with_gradients(lambda *x: attend(*x, backend="reference"), given)
+    _, expected_lse = attend(*given[:3], return_lse=True, backend="reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_BLOCK", data.draw(st.integers(1, 5)))
+        assert_near(with_gradients(attend, given), expected)
+        _, lse = attend(*given[:3], return_lse=True)
+    torch.testing.assert_close(lse, expected_lse, rtol=2e-5, atol=2e-5)
+
+
+def test_a_window_never_meets_the_keys_it_does_not_see(monkeypatch):
+    tiles, cut = [], attention._tiles
+    monkeypatch.setattr(attention, "_BLOCK", 16)
+    monkeypatch.setattr(attention, "_tiles", lambda call: tiles.extend(cut(call)) or cut(call))
+    flash_attention(*tensors(64, 64), layout="BNSD", causal=True, window=8)
+    sizes = [(t.queries.stop - t.queries.start, t.keys.stop - t.keys.start) for t in tiles]
+    assert sizes == [(16, 16), *[(16, 16 + 8 - 1)] * 3]
+    assert tiles[1].bias is tiles[2].bias
+
+
+def test_torchs_own_derivative_is_used_where_nothing_is_added(monkeypatch):
+    monkeypatch.setattr(flash, "_Flash", None)
+    given = tensors()
+    out = flash_attention(*given, layout="BNSD", causal=True)
+    torch.autograd.grad(out.sum(), given)

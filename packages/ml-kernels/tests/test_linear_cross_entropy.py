@@ -197,6 +197,33 @@ def test_a_bfloat16_weight_gradient_does_not_lose_what_many_chunks_add(monkeypat
     assert_close(found, expected, TOLERANCE[torch.bfloat16] / 3)
 
 
+def test_a_loss_scale_saves_small_float16_gradients():
+    hidden, weight = draw(512, 8, dtype=torch.float16), draw(1000, 8, dtype=torch.float16) / 8
+    target = draw_target(512)
+    _, *expected = loss_and_gradients(
+        lambda h, w: F.cross_entropy(h @ w.t(), target), hidden.double(), weight.double(), 4096.0
+    )
+    _, *found = loss_and_gradients(
+        lambda h, w: ml_kernels.linear_cross_entropy(h, w, target), hidden, weight, 4096.0
+    )
+    # The rows of tokens that are no target: probabilities of 1/1000, divided by 512 tokens.
+    for one, other in ((found[0], expected[0]), (found[1][11:], expected[1][11:])):
+        assert (one.double() - other).norm() < TOLERANCE[torch.float16] * other.norm()
+
+
+def test_the_sum_of_float16_gradients_may_be_out_of_range_if_their_mean_is_not(monkeypatch):
+    monkeypatch.setattr(chunked_loss, "_CHUNK_ELEMENTS", 100 * 11)
+    hidden = torch.full((1000, 8), 256.0).half()
+    target = torch.full((1000,), 3)
+    _, _, of_weight = loss_and_gradients(
+        lambda h, w: ml_kernels.linear_cross_entropy(h, w, target),
+        hidden,
+        torch.zeros(11, 8).half(),
+    )
+    expected = (torch.full((11, 1), 1 / 11) - torch.eye(11)[:, 3:4]).expand(11, 8) * 256
+    torch.testing.assert_close(of_weight.float(), expected, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("public", [True, False])
 def test_the_gradients_can_be_taken_twice(public, monkeypatch):
     if not public:  # a torch that cannot tell whether the graph is kept
@@ -269,6 +296,15 @@ def test_what_is_not_wanted_is_not_computed(small_chunks):
     assert OF_HIDDEN < peak(weight_trained=False) < OF_HIDDEN + 1.5 * small_chunks
     assert peak(grad=False) < 1.5 * small_chunks
     assert peak(hidden_trained=False, weight_trained=False) < 1.5 * small_chunks
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocabulary", "size"),
+    [(8192, 128_000, 1024), (8192, 32_000, 1024), (65_536, 128_000, 1048), (512, 32_000, 262)],
+)
+def test_an_accelerator_takes_an_eighth_of_the_tokens_within_bounds(tokens, vocabulary, size):
+    hidden, weight = (torch.empty(n, 8, device="meta") for n in (tokens, vocabulary))
+    assert chunked_loss._linear_sizes(hidden, weight, None) == (size, size)
 
 
 MEASURE = """

@@ -201,6 +201,16 @@ def test_an_upstream_gradient_with_strides_is_accepted(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_result_may_be_changed_in_place(backend):
+    x, residual, weight = random(6, 48), random(6, 48, seed=1), random(48, seed=2)
+    normed, _ = ml_kernels.add_rms_norm(x, residual, weight, eps=EPS, backend=backend)
+    changed = [normed, ml_kernels.rms_norm(x, weight, eps=EPS, backend=backend)]
+    (of_x,) = torch.autograd.grad([out.mul_(2).sum() for out in changed], x)
+    once = rms_formula(False)(x, weight).sum() + rms_formula(False)(x + residual, weight).sum()
+    assert_near([of_x], torch.autograd.grad(2 * once, x))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_frozen_inputs_get_no_gradient(backend):
     x, weight = random(6, 48), random(48, seed=1)
     out = ml_kernels.rms_norm(x.detach(), weight, eps=EPS, backend=backend)

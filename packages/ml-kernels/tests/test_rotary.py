@@ -133,11 +133,12 @@ def test_scores_depend_on_the_distance_of_the_positions_only(backend, interleave
     order=st.permutations(range(4)),
     ones=st.tuples(*[st.booleans()] * 3),
     start=st.integers(0, 1),
+    chunk=st.integers(1, 200),
     interleaved=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_the_fast_version_agrees_for_every_shape_stride_and_broadcast(
-    sizes, pairs, passed, order, ones, start, interleaved, dtype
+    sizes, pairs, passed, order, ones, start, chunk, interleaved, dtype
 ):
     shape = (*sizes, 2 * pairs + passed)
     stored = [shape[i] for i in order]
@@ -147,10 +148,23 @@ def test_the_fast_version_agrees_for_every_shape_stride_and_broadcast(
     leading = [1 if one else size for one, size in zip(ones, sizes, strict=True)]
     once = random(*leading, pairs, seed=1).detach()
     angles = once.repeat_interleave(2, -1) if interleaved else torch.cat((once, once), -1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "CHUNK", chunk)
+        found = with_gradients(lambda x: cpu.rotary_embedding(x, angles, interleaved, 1.5), [x])
     assert_near(
-        with_gradients(lambda x: cpu.rotary_embedding(x, angles, interleaved, 1.5), [x]),
+        found,
         with_gradients(lambda x: rotary_embedding_reference(x, angles, interleaved, 1.5), [x]),
     )
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_result_may_be_changed_in_place(backend, interleaved):
+    angles, x = angles_of(16, interleaved), random(POSITIONS, 2, 3, 16)
+    out = ml_kernels.rotary_embedding(x, angles, interleaved=interleaved, backend=backend)
+    (found,) = torch.autograd.grad(out.mul_(2).sum(), x)
+    (expected,) = torch.autograd.grad(2 * complex_formula(angles, interleaved)(x).sum(), x)
+    assert_near([found], [expected])
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -26,9 +26,9 @@ _CACHED_ELEMENTS = 1 << 19
 _CHUNK_ELEMENTS = 1 << 23
 """Logits made at a time by the linear loss on a CPU: 32 MiB in float32, hundreds of tokens."""
 _DEVICE_ELEMENTS = 1 << 27
-"""The same on an accelerator, which needs more work at a time to be busy: 512 MiB at most."""
-_SHARE = 8
-"""On an accelerator, the linear loss takes chunks of this part of the tokens at least."""
+"""At most on an accelerator, which needs more work at a time to be busy: 512 MiB."""
+_CHUNKS = 8
+"""On an accelerator, the linear loss divides the tokens by this, within the two bounds above."""
 _BLOCK_ELEMENTS = 1 << 22
 """Elements of a half-precision weight gradient that are added to the float32 sum at a time."""
 
@@ -55,16 +55,14 @@ def linear_cross_entropy(
 ) -> torch.Tensor:
     """See `ml_kernels.linear_cross_entropy`.
 
-    A half-precision weight gradient is summed in float32 over the chunks, which takes four more
-    bytes a weight while it runs: sums of bfloat16 over many chunks lose the small terms.
+    A half-precision weight gradient is summed in float32 over the chunks, and takes four bytes a
+    weight until backward: sums of bfloat16 over many chunks lose the small terms. It is divided by
+    the number of tokens, and multiplied by the upstream gradient, before it is rounded: the range
+    of float16 needs the loss scale. The sum over one chunk must be in that range.
     """
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    factor = (target != ignore_index).to(dtype)
+    factor = (target != ignore_index).to(torch.promote_types(hidden.dtype, torch.float32))
     if token_weights is not None:
         factor = factor * token_weights
-    if reduction == "mean":
-        total = factor.sum()
-        factor = factor / total.masked_fill(total == 0, 1)
     differentiated = torch.is_grad_enabled()
     loss: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden.reshape(-1, hidden.shape[-1]),
@@ -75,7 +73,10 @@ def linear_cross_entropy(
         differentiated and hidden.requires_grad,
         differentiated and weight.requires_grad,
     )
-    return loss
+    if reduction == "sum":
+        return loss
+    total = factor.sum()
+    return loss / total.masked_fill(total == 0, 1)
 
 
 class _Targets(NamedTuple):
@@ -202,8 +203,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _accumulate(of_weight, made, some)
         if hidden_wanted and group is not None:
             distributed.all_reduce(of_hidden, group=group)
-        ctx.save_for_backward(of_hidden, of_weight.to(weight.dtype))
-        ctx.wanted = hidden_wanted, weight_wanted
+        ctx.save_for_backward(of_hidden, of_weight)
+        ctx.wanted, ctx.dtype = (hidden_wanted, weight_wanted), weight.dtype
         return (losses * factor).sum()
 
     @staticmethod
@@ -212,7 +213,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """Scale the kept gradients, in place unless they may be asked for again."""
         scale = torch.Tensor.mul if _graph_is_kept() else torch.Tensor.mul_
         gradients = (
-            scale(gradient, upstream) if wanted else None
+            scale(gradient, upstream).to(ctx.dtype) if wanted else None
             for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
         )  # fmt: skip
         return (*gradients, None, None, None, None, None)
@@ -227,8 +228,8 @@ def _linear_sizes(
         # With a group, one reduction for each chunk rather than for each part of it.
         size = _rows(_CHUNK_ELEMENTS, columns)
         return size, _rows(_CACHED_ELEMENTS, columns) if group is None else size
-    share = max(_CHUNK_ELEMENTS, hidden.shape[0] * columns // _SHARE)
-    size = _rows(min(share, _DEVICE_ELEMENTS), columns)
+    elements = max(_CHUNK_ELEMENTS, hidden.shape[0] * columns // _CHUNKS)
+    size = _rows(min(elements, _DEVICE_ELEMENTS), columns)
     return size, size
 
 

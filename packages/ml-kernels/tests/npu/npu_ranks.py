@@ -24,6 +24,7 @@ asked for: autograd's device threads do not survive a fork, so it cannot be the 
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import inspect
 import pickle
@@ -66,8 +67,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
     file = inspect.getsourcefile(function)
     assert file is not None
     server = _server()
-    server.send(_Job(file, function.__qualname__, world_size, args))
-    results, failure = server.recv()
+    server.send_bytes(pickle.dumps(_Job(file, function.__qualname__, world_size, args)._asdict()))
+    results, failure = pickle.loads(server.recv_bytes())
     if failure is not None:
         raise RankFailedError(failure)
     return results
@@ -91,27 +92,37 @@ def communicator(hcom: str) -> Any:
 
 @cache
 def _server() -> Connection:
-    """Start the process that ranks are forked from; it ends when this one does."""
+    """Start the process that ranks are forked from; it ends with this one."""
     here, there = Pipe()
-    subprocess.Popen([sys.executable, __file__, str(there.fileno())], pass_fds=[there.fileno()])
+    command = [sys.executable, __file__, str(there.fileno())]
+    process = subprocess.Popen(command, pass_fds=[there.fileno()])
     there.close()
-    here.send(sys.path)
+    here.send_bytes(pickle.dumps(sys.path))
+
+    def stop() -> None:
+        here.close()
+        process.wait()
+
+    atexit.register(stop)
     return here
 
 
 def _serve(connection: Connection) -> None:
-    sys.path[:] = connection.recv()
+    sys.path[:] = pickle.loads(connection.recv_bytes())
     npu_stubs.load()
     while True:
         try:
-            job = connection.recv()
+            job = _Job(**pickle.loads(connection.recv_bytes()))
         except EOFError:
             return
+        answer: tuple[Any, str | None]
         try:
-            connection.send((_fork_ranks(job), None))
-        except Exception as error:
-            known = isinstance(error, RankFailedError)
-            connection.send((None, str(error) if known else traceback.format_exc()))
+            answer = _fork_ranks(job), None
+        except RankFailedError as error:
+            answer = None, str(error)
+        except Exception:
+            answer = None, traceback.format_exc()
+        connection.send_bytes(pickle.dumps(answer))
 
 
 def _fork_ranks(job: _Job) -> list[Any]:

@@ -231,7 +231,8 @@ class _Mutating(TorchDispatchMode):
         self.change, self.used = change, False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if f"{func.namespace}::{_name(func)}" != self.operator:
+        named = f"{func.namespace}::{_name(func)}" == self.operator
+        if not named or not _touches_npu((args, kwargs)):  # the reference may call it on the CPU
             return func(*args, **kwargs or {})
         self.used = True
         bound = _bind(func, args, kwargs or {})
@@ -333,6 +334,11 @@ def _bind(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Arguments) -
 def _to_npu(kwargs: Arguments) -> bool:
     device = kwargs.get("device")
     return device is not None and torch.device(device).type == NPU.type
+
+
+def _touches_npu(arguments: Any) -> bool:
+    leaves = tree_leaves(arguments)
+    return any(isinstance(leaf, torch.Tensor) and leaf.device.type == NPU.type for leaf in leaves)
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Gated activations through torch_npu's operators."""
+"""Activations on an NPU: gated ones by torch_npu's operators, the plain one by torch's."""
 
 from __future__ import annotations
 
@@ -62,12 +62,16 @@ def calls():
         "geglu none": lambda *given, backend: ml_kernels.geglu(
             *given, approximate="none", backend=backend
         ),
+        "gelu": ml_kernels.gelu,
+        "gelu tanh": lambda *given, backend: ml_kernels.gelu(
+            *given, approximate="tanh", backend=backend
+        ),
     }
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", calls())
-def test_gated_activations_agree_with_the_reference(name, dtype):
+def test_activations_agree_with_the_reference(name, dtype):
     closeness = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
     x, bias = inputs(3, 2, 32, dtype=dtype)
     assert_like_reference(calls()[name], x, **closeness)
@@ -101,6 +105,7 @@ def swapped(call):
         ("geglu none", "npu_geglu", lambda call: {"approximate": 1}),
         ("geglu tanh", "npu_geglu_grad", lambda call: {"activate_left": False}),
         ("geglu tanh", "npu_geglu_grad", lambda call: {"gelu": call["gelu"] + 1}),
+        ("gelu", "aten::gelu", lambda call: {"approximate": "tanh"}),
     ],
 )
 def test_a_wrong_call_is_noticed(name, operator, change):
@@ -129,6 +134,11 @@ def test_the_real_schema_of_geglu_accepts_the_call():
         # torch_npu's description of it is mended, and the note in ml_kernels.npu.geglu can go.
         with pytest.raises(RuntimeError, match="Unable to cast"):
             out.sum().backward()
+
+
+@pytest.mark.parametrize("operator", ["gelu.out", "gelu_backward"])
+def test_torch_npu_implements_torchs_gelu(operator):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", "PrivateUse1")
 
 
 def test_float64_is_refused():

@@ -179,3 +179,24 @@ def test_float64_is_refused():
         ml_kernels.rms_norm(x, weight, eps=EPS)
     with pytest.raises(ml_kernels.BackendUnavailableError, match="use backend='reference'"):
         ml_kernels.add_rms_norm(x, x, weight, eps=EPS)
+
+
+@pytest.mark.parametrize("operator", ["native_layer_norm", "native_layer_norm_backward"])
+def test_torch_npu_implements_torchs_layer_norm(operator):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{operator}", "PrivateUse1")
+
+
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_layer_norm_agrees_with_the_reference(dtype, weight_dtype):
+    def call(x, weight, *bias, backend):
+        return ml_kernels.layer_norm(x, weight, *bias, eps=EPS, backend=backend)
+
+    closeness = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    x, weight = inputs(1, 3, 2, 32, dtype=dtype, weight_dtype=weight_dtype)
+    assert_like_reference(call, x, weight, **closeness)
+    assert_like_reference(call, x, weight, weight.flip(0), **closeness)
+    assert_like_reference(call, x.transpose(0, 1), weight, **closeness)
+    change = {"eps": 1e-6}
+    with mutated("aten::native_layer_norm", lambda _: change), pytest.raises(AssertionError):
+        assert_like_reference(call, x / 10, weight, **closeness)

@@ -48,12 +48,12 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool
     ) -> torch.Tensor:
-        rows, out, inverse = _prepare(x)
-        for some, result, by in chunks(CHUNK, rows, out, inverse):
-            _normalise(some, result, by, weight, eps, unit_offset)
+        rows, inverse, out = _rows(x), _inverse(x), x.new_empty(x.shape)
+        for some, by, result in chunks(CHUNK, rows, inverse, _rows(out)):
+            _normalise(some, by, result, weight, eps, unit_offset)
         ctx.save_for_backward(rows, weight, inverse)
         ctx.unit_offset = unit_offset
-        return out.view(x.shape)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -72,15 +72,16 @@ class _AddRMSNorm(torch.autograd.Function):
         eps: float,
         unit_offset: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, out, inverse = _prepare(x)
-        total, more = torch.empty_like(out), residual.reshape(rows.shape)
-        for some, other, both, result, by in chunks(CHUNK, rows, more, total, out, inverse):
+        inverse, out, total = _inverse(x), x.new_empty(x.shape), x.new_empty(x.shape)
+        for some, other, both, by, result in chunks(
+            CHUNK, _rows(x), _rows(residual), _rows(total), inverse, _rows(out)
+        ):
             torch.add(some, other, out=both)
-            _normalise(both, result, by, weight, eps, unit_offset)
+            _normalise(both, by, result, weight, eps, unit_offset)
         ctx.save_for_backward(total, weight, inverse)
         ctx.unit_offset = unit_offset
         ctx.set_materialize_grads(False)
-        return out.view(x.shape), total.view(x.shape)
+        return out, total
 
     @staticmethod
     @once_differentiable
@@ -93,22 +94,25 @@ class _AddRMSNorm(torch.autograd.Function):
         return of_x, of_x, of_weight, None, None
 
 
-def _prepare(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the rows of `x`, and room for as many results `(R, H)` and inverse norms `(R, 1)`."""
-    rows = x.reshape(-1, x.shape[-1])
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _inverse(x: torch.Tensor) -> torch.Tensor:
+    """Return room for the inverse norms `(R, 1)` of the rows of `x`."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    return rows, x.new_empty(rows.shape), x.new_empty(rows.shape[0], 1, dtype=wide)
+    return x.new_empty(x.numel() // x.shape[-1], 1, dtype=wide)
 
 
 def _normalise(
     x: torch.Tensor,
-    out: torch.Tensor,
     inverse: torch.Tensor,
+    out: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
     unit_offset: bool,
 ) -> None:
-    """Write the scaled rows and what they were multiplied with, rounding as the reference does."""
+    """Write the inverse norms and the scaled rows, rounding as the reference does."""
     wide = inverse.dtype
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     torch.addcmul(inverse.new_full((), eps), norm, norm, value=1 / x.shape[1], out=inverse).rsqrt_()
@@ -130,18 +134,18 @@ def _gradients(
     """Return the gradient of the input, plus `more`, and that of the weight."""
     x, weight, inverse = ctx.saved_tensors
     wide, factors = inverse.dtype, _factors(weight, ctx.unit_offset, inverse.dtype)
-    of_x, of_weight = x.new_empty(x.shape), factors.new_zeros(1, x.shape[1])
-    upstream = gradient.reshape(x.shape)
-    extra = upstream if more is None else more.reshape(x.shape)
-    for some, by, add, scale, out in chunks(CHUNK, x, upstream, extra, inverse, of_x):
+    of_x, of_weight = x.new_empty(gradient.shape), factors.new_zeros(1, x.shape[-1])
+    upstream = _rows(gradient)
+    extra = upstream if more is None else _rows(more)
+    for some, by, add, scale, out in chunks(CHUNK, _rows(x), upstream, extra, inverse, _rows(of_x)):
         some, by = some.to(wide), by.to(wide)
         product = by * some
         of_weight.addmm_(scale.mT, product)
         mean = torch.mv(product, factors)[:, None].mul_(scale).mul_(scale)
         found = torch.mul(by, factors, out=out if out.dtype == wide else product)
-        found.addcmul_(some, mean, value=-1 / x.shape[1]).mul_(scale)
+        found.addcmul_(some, mean, value=-1 / x.shape[-1]).mul_(scale)
         if more is not None:
             found.add_(add)
         if found is not out:
             out.copy_(found)
-    return of_x.view(gradient.shape), of_weight[0].to(weight.dtype)
+    return of_x, of_weight[0].to(weight.dtype)

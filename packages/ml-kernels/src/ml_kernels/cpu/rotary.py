@@ -1,4 +1,4 @@
-"""Rotary embedding in a few passes over `x`, forward and backward.
+"""Rotary embedding in a few passes over `x`, forward and backward, a few rows at a time.
 
 The reference makes a rotated copy of `x` and four more tensors. Here the result is `x` times the
 cosine, to which each half adds the other half times the sine, in place: 1.4 to 1.7 times as fast.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ml_kernels.cpu.rows import FEW
+from ml_kernels.cpu.rows import CHUNK, FEW, chunks
 from ml_kernels.rotary import cosine_and_sine, rotary_embedding_reference
 
 
@@ -54,14 +54,13 @@ class _Rotary(torch.autograd.Function):
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     width = 2 * cos.shape[-1]
-    if interleaved and width == x.shape[-1]:
-        return _turn_neighbours(x, cos, sin)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    out[..., width:] = x[..., width:]
-    if interleaved:
-        out[..., :width] = _turn_neighbours(x[..., :width], cos, sin)
-    else:
-        _turn_halves(x[..., :width], cos, sin, out[..., :width])
+    turn = _turn_neighbours if interleaved else _turn_halves
+    cos, sin = (t.expand(x.shape[0], -1, -1, -1) for t in (cos, sin))
+    for some, c, s, result in chunks(CHUNK, x, cos, sin, out):
+        turn(some[..., :width], c, s, result[..., :width])
+        if width < x.shape[-1]:
+            result[..., width:] = some[..., width:]
     return out
 
 
@@ -73,9 +72,17 @@ def _turn_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: tor
     right.addcmul_(first, sin)
 
 
-def _turn_neighbours(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _turn_neighbours(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
+) -> None:
     """Multiply pairs of channels, as complex numbers, with the complex number of their angle."""
     wide = x.to(cos.dtype).contiguous()
     wide = wide.clone() if wide.storage_offset() % 2 else wide
-    turned = torch.view_as_complex(wide.view(*wide.shape[:-1], -1, 2)) * torch.complex(cos, sin)
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    result = out if out.dtype == wide.dtype and out.is_contiguous() else torch.empty_like(wide)
+    torch.mul(_complex(wide), torch.complex(cos, sin), out=_complex(result))
+    if result is not out:
+        out.copy_(result)
+
+
+def _complex(x: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_complex(x.view(*x.shape[:-1], -1, 2))

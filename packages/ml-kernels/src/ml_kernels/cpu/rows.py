@@ -14,8 +14,9 @@ FEW = 1 << 14
 
 
 def chunks(elements: int, *tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
-    """Split matrices of as many rows into pieces with so many elements of the first one."""
-    rows = max(1, elements // max(1, tensors[0].shape[1]))
-    if tensors[0].shape[0] <= rows:
+    """Split tensors of as many rows into pieces with so many elements of the first one."""
+    first = tensors[0]
+    rows = max(1, elements * first.shape[0] // first.numel())
+    if first.shape[0] <= rows:
         return (tensors,)  # where the whole takes microseconds, splitting would be half of them
     return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)

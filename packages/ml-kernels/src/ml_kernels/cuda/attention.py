@@ -42,13 +42,13 @@ def flash_attention(
     """See `ml_kernels.flash_attention`."""
     if query.dtype == torch.float64:
         return attention_reference(query, key, value, call)  # no fused kernel of torch has it
-    attend = _kernel_for(query, call)
+    q = heads_first(query, call.layout, call.heads)
+    k, v = (heads_first(t, call.layout, call.groups) for t in (key, value))
+    attend = _kernel_for(q, v, call)
     if attend is _sdpa and call.layout == "TND":
         return by_sequence(flash_attention, query, key, value, call)
-    query = heads_first(query, call.layout, call.heads)
-    key, value = (heads_first(t, call.layout, call.groups) for t in (key, value))
-    width = value.shape[-1]
-    out, lse = attend(query, key, value, call)
+    width = v.shape[-1]
+    out, lse = attend(q, k, v, call)
     out = from_heads_first(out if out.shape[-1] == width else out[..., :width], call.layout)
     if not call.return_lse:
         return out
@@ -71,10 +71,11 @@ def flash_attention_backward(
     if not _torchs_flash_covers(q, v, call):
         return attention_backward_reference(gradient, query, key, value, out, lse, call)
     g, q, k, v, o = (t.transpose(1, 2) for t in (g, q, k, v, o))  # (B, S, N, D)
-    state = torch.empty(2, dtype=torch.uint64, device=query.device)  # of a dropout of 0
+    # The random state of a dropout of 0: not looked at.
+    state, unused = (query.new_empty(shape, dtype=torch.uint64) for shape in ((2,), ()))
     found = torch.ops.aten._flash_attention_backward(
         *(g, q, k, v, o, lse, None, None, call.queries, call.keys, 0.0, call.causal),
-        *(state, state[0]),
+        *(state, unused),
         scale=call.scale,
     )
     of_query, of_key, of_value = (from_heads_first(t.transpose(1, 2), call.layout) for t in found)
@@ -91,7 +92,7 @@ def _torchs_flash_covers(query: torch.Tensor, value: torch.Tensor, call: Attenti
 
 
 def _kernel_for(
-    query: torch.Tensor, call: AttentionCall
+    query: torch.Tensor, value: torch.Tensor, call: AttentionCall
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     if call.dropout_p and call.sinks is not None:
         raise BackendUnavailableError(
@@ -101,7 +102,7 @@ def _kernel_for(
     special = call.layout == "TND" or call.return_lse or call.sinks is not None
     if not special and call.alibi_slopes is None and not _needs_mask(call):
         return _sdpa
-    if _flash_attn_covers(query, call):
+    if _flash_attn_covers(query, value, call):
         return _flash_attn
     return _sdpa if call.dropout_p else _flex
 
@@ -155,7 +156,7 @@ def _has_flash_attn() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
 
 
-def _flash_attn_covers(query: torch.Tensor, call: AttentionCall) -> bool:
+def _flash_attn_covers(query: torch.Tensor, value: torch.Tensor, call: AttentionCall) -> bool:
     if query.dtype not in _HALF or call.mask is not None or call.sinks is not None:
         return False
     if call.alibi_slopes is not None and (
@@ -166,7 +167,8 @@ def _flash_attn_covers(query: torch.Tensor, call: AttentionCall) -> bool:
         return False  # the shape of its log-sum-exp depends on its version
     if next(call.blind_queries(), None) is not None:
         return False  # their log-sum-exp is +inf there
-    return query.shape[-1] <= _WIDEST_FLASH_HEAD and _has_flash_attn()
+    width = max(query.shape[-1], value.shape[-1])
+    return width <= _WIDEST_FLASH_HEAD and _has_flash_attn()
 
 
 def _flash_attn(

@@ -33,7 +33,7 @@ def grouped_matmul(
         return grouped_product(x, weight, group_sizes.tolist(), LOOP)
     ends = group_sizes.to(x.device, non_blocking=True).cumsum(0)
     torch._assert_async(ends[-1] == x.shape[0], "grouped_matmul: group_sizes: must sum to the rows")
-    return grouped_product(_aligned(x), _aligned(weight), ends.to(torch.int32), FUSED)
+    return grouped_product(_aligned(x), _aligned_matrices(weight), ends.to(torch.int32), FUSED)
 
 
 def fused(x: torch.Tensor, weight: torch.Tensor, capability: tuple[int, int]) -> bool:
@@ -49,6 +49,13 @@ def fused(x: torch.Tensor, weight: torch.Tensor, capability: tuple[int, int]) ->
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+
+
+def _aligned_matrices(weight: torch.Tensor) -> torch.Tensor:
+    """Return `(E, I, O)` contiguous, or the transposed view of such a tensor."""
+    if weight.transpose(1, 2).is_contiguous() and weight.data_ptr() % _ALIGNMENT == 0:
+        return weight
+    return _aligned(weight)
 
 
 def _rows(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -178,7 +178,10 @@ def _options(
 
 
 def _blind(call: AttentionCall, device: torch.device) -> torch.Tensor | None:
-    """Return the queries that lengths and causality leave without a key, None if there are none."""
+    """Return the queries that lengths and causality leave without a key, None if there are none.
+
+    The kernel takes them, by its documentation of sparse mode 3, and computes something.
+    """
     rows = list(call.blind_queries())
     if not rows:
         return None

@@ -55,8 +55,8 @@ def topk_gating(
     | top-k first, no groups, no bias                          | `npu_moe_gating_top_k_softmax_v2` |
     | softmax first, groups or bias                            | `npu_moe_gating_top_k`            |
     | sigmoid, renormalised (the kernel always does)           | `npu_moe_gating_top_k`            |
-    | sigmoid as it is; top-k first with groups or bias; sizes | torch                             |
-    | outside the kernels' limits; float64; no tokens          | torch                             |
+    | sigmoid as it is; top-k first with groups or bias        | torch                             |
+    | sizes outside the kernels' limits; float64; no tokens    | torch                             |
     """
     choose = _chooser(logits, selection_bias, gating)
     if choose is None:
