@@ -113,7 +113,7 @@ def _masked_tile(call: AttentionCall, mask: torch.Tensor) -> flash.Tile:
         triangle,
         bias.expand(-1, -1, call.queries, call.keys),
         _offset(call, call.queries, call.keys - 1),
-        hidden.all(-1) if call.return_lse or call.sinks is not None else None,
+        hidden.all(-1) if call.return_lse else None,
     )
 
 

@@ -187,8 +187,7 @@ def _forward(
     )
     if sinks is None:
         return out, lse
-    if tile.blind is not None:
-        lse = lse.masked_fill(tile.blind, float("-inf"))  # the kernel says 0
+    # Of blind queries, whose output is 0 whatever the sinks, the kernel says that it is 0.
     total = torch.logaddexp(lse, _as_kernel_sees(sinks, tile))
     return out.mul_((lse - total).exp_()[..., None]), total
 
