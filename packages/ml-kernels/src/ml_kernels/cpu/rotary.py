@@ -1,8 +1,9 @@
 """Rotary embedding in a few passes over `x`, forward and backward, a few rows at a time.
 
 The reference makes a rotated copy of `x` and four more tensors. Here the result is `x` times the
-cosine, to which each half adds the other half times the sine, in place: 1.4 to 1.7 times as fast.
-Interleaved pairs are complex numbers in memory, and turned by one product: 3 times as fast.
+cosine, to which each half adds the other half times the sine, in place: 1.6 times as fast in
+float32, more where `x` is larger than the cache; 1.2 times in bfloat16, whose rounding takes the
+time. Interleaved pairs are complex numbers in memory, turned by one product: 2 to 4 times as fast.
 Backward is the rotation by the opposite angle.
 
 Shapes: see `ml_kernels.rotary`.
@@ -54,32 +55,31 @@ class _Rotary(torch.autograd.Function):
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
     width = 2 * cos.shape[-1]
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     turn = _turn_neighbours if interleaved else _turn_halves
-    cos, sin = (t.expand(x.shape[0], -1, -1, -1) for t in (cos, sin))
-    for some, c, s, result in chunks(CHUNK, x, cos, sin, out):
-        turn(some[..., :width], c, s, result[..., :width])
+    tables = [torch.complex(cos, sin)] if interleaved else [torch.cat((cos, cos), dim=-1), sin]
+    tables = [table.expand(x.shape[0], -1, -1, -1) for table in tables]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for some, result, *table in chunks(2 * CHUNK, x, out, *tables):
+        turn(some.narrow(-1, 0, width), result.narrow(-1, 0, width), *table)
         if width < x.shape[-1]:
             result[..., width:] = some[..., width:]
     return out
 
 
-def _turn_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> None:
+def _turn_halves(x: torch.Tensor, out: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     first, second = x.chunk(2, dim=-1)
     left, right = out.chunk(2, dim=-1)
-    torch.mul(x, torch.cat((cos, cos), dim=-1), out=out)
+    torch.mul(x, cos, out=out)
     left.addcmul_(second, sin, value=-1)
     right.addcmul_(first, sin)
 
 
-def _turn_neighbours(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor
-) -> None:
+def _turn_neighbours(x: torch.Tensor, out: torch.Tensor, turn: torch.Tensor) -> None:
     """Multiply pairs of channels, as complex numbers, with the complex number of their angle."""
-    wide = x.to(cos.dtype).contiguous()
+    wide = x.to(turn.real.dtype).contiguous()
     wide = wide.clone() if wide.storage_offset() % 2 else wide
     result = out if out.dtype == wide.dtype and out.is_contiguous() else torch.empty_like(wide)
-    torch.mul(_complex(wide), torch.complex(cos, sin), out=_complex(result))
+    torch.mul(_complex(wide), turn, out=_complex(result))
     if result is not out:
         out.copy_(result)
 
