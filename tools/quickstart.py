@@ -2,7 +2,6 @@
 
     hatch run quickstart                        # into quickstart-run/
     hatch run quickstart --output DIRECTORY
-    hatch run quickstart --quick                # a few steps only, to see that everything works
 
 Every step is a command of this repository, shown before it runs, so that it can be copied and run
 by itself. What a step claims is checked, and the first check that fails ends the run.
@@ -34,7 +33,6 @@ MARKER = ".quickstart"
 PROMPT = "Return the number of"
 NATS_BELOW_ENTROPY = 0.5
 """How much better than the best guess without context the model must get."""
-QUICK = ("--train-iters", "12", "--lr-warmup-iters", "2", "--eval-interval", "6")
 
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
@@ -155,7 +153,7 @@ def report(shell: Shell, files: Files) -> None:
 # The end
 
 
-def check(history: History, corpus: CorpusInfo, *, quick: bool) -> None:
+def check(history: History, corpus: CorpusInfo) -> None:
     """Check what the run says of itself.
 
     Raises:
@@ -170,7 +168,7 @@ def check(history: History, corpus: CorpusInfo, *, quick: bool) -> None:
         raise QuickstartError(f"the run started after steps {stopped}: it was not resumed once")
     limit = corpus.unigram_entropy - NATS_BELOW_ENTROPY
     loss = history.evaluations[-1].loss
-    if not quick and not loss <= limit:
+    if not loss <= limit:
         raise QuickstartError(f"the validation loss ended at {loss:.3f}, above {limit:.3f}")
 
 
@@ -209,7 +207,7 @@ def claim(output: Path) -> None:
     (output / MARKER).touch()
 
 
-def quickstart(output: Path, *, quick: bool) -> None:
+def quickstart(output: Path) -> None:
     """Run everything."""
     started = time.perf_counter()
     claim(output)
@@ -217,14 +215,14 @@ def quickstart(output: Path, *, quick: bool) -> None:
     shell = Shell(console, files.commands)
     tokenizer = prepare(shell, files)
     flags = (
-        *("--config", files.config, "--data-path", files.data, *(QUICK if quick else ())),
+        *("--config", files.config, "--data-path", files.data),
         *("--nproc-per-node", "2", "--tensor-model-parallel-size", "2"),
         *("--save", files.checkpoints, "--load", files.checkpoints),
     )
     train(shell, files, flags)
     history, corpus = read_history(files.metrics), read_sidecar(files.data)
     assert corpus is not None, "ml-data wrote it"
-    check(history, corpus, quick=quick)
+    check(history, corpus)
     use(shell, files, flags, tokenizer)
     report(shell, files)
     console.print(summary(history, corpus, files, time.perf_counter() - started))
@@ -234,10 +232,9 @@ def main() -> int:
     """Run the quickstart; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "quickstart-run", metavar="DIR")
-    parser.add_argument("--quick", action="store_true", help="a few steps, without a loss to reach")
     given = parser.parse_args()
     try:
-        quickstart(given.output, quick=given.quick)
+        quickstart(given.output)
     except (CommandError, QuickstartError, assets.AssetError, UsageError, OSError) as error:
         console.print(f"quickstart: {error}", style="bold red", markup=False)
         return 1

@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from ml_convert import Request, VerificationError, convert
+from ml_convert import ConversionError, Request, VerificationError, convert
 from ml_convert.ptfile import read as read_pt
 from ml_convert.safetensors_file import read as read_safetensors
+
+FC2 = "mlp.linear_fc2.weight"
 
 
 def flip(path, offset, bit=0):
@@ -36,6 +38,18 @@ def extent_of(root, rank, name):
 
 def test_an_untouched_result_verifies(megatron):
     assert convert(megatron).verified
+
+
+def test_a_source_that_is_not_what_was_written_is_not_verified(megatron, tmp_path):
+    extent = extent_of(megatron.save_dir, "mp_rank_01_000", f"decoder.layers.0.{FC2}")
+    flip(extent.path, extent.offset)
+    request = {"load_dir": megatron.save_dir, "save_dir": tmp_path / "out", "save_format": "hf"}
+    for verify in ({"verify": True}, {"verify_only": True}):
+        with pytest.raises(
+            ConversionError, match=r"mp_rank_01_000/model_optim_rng.pt is damaged: its sha256"
+        ):
+            convert(Request(**request, **verify))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,21 @@ def test_a_megatron_checkpoint_needs_a_tokenizer_and_gives_the_same_text(
     assert (code, shown[-1]) == (0, reference(llama, "The", 20) + "\n")
 
 
+def test_a_megatron_checkpoint_that_was_changed_is_refused(
+    llama: Path, tmp_path: Path, capsys
+) -> None:
+    convert(Request(load_dir=llama, save_dir=tmp_path, save_format="mcore"))
+    path = tmp_path / "release" / "mp_rank_00" / "model_optim_rng.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # of a weight: nothing else would notice
+    path.write_bytes(content)
+    flags = ("--load", tmp_path, "--prompt", "The", "--tokenizer-name-or-path", llama)
+    assert main(["generate", *map(str, flags)]) == 2
+    assert re.fullmatch(
+        f"ml-eval generate: {path} is damaged: its sha256 .*\n", capsys.readouterr().err
+    )
+
+
 def empty(path: Path) -> None:
     (path / "model.safetensors").unlink()
     (path / "config.json").unlink()

@@ -1,5 +1,6 @@
 """Families are found by name, alias, model type or architecture."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -22,6 +23,20 @@ def test_an_unknown_name_lists_the_known_and_suggests_the_closest():
 def test_a_config_is_recognised_by_model_type_else_by_architecture():
     assert registry.family_for({"model_type": "llama"}).name == "llama"
     assert registry.family_for({"architectures": ["LlamaForCausalLM"]}).name == "llama"
+
+
+def test_a_model_is_of_the_family_that_can_describe_it():
+    llama = registry.family("llama").from_hf(
+        {
+            "num_hidden_layers": 2,
+            "hidden_size": 8,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "vocab_size": 32,
+        }
+    )
+    assert registry.family_of(llama).name == "llama"
+    assert registry.family_of(dataclasses.replace(llama, normalization="LayerNorm")) is None
 
 
 def test_another_models_config_is_refused_even_when_its_architecture_looks_right():

@@ -2,8 +2,6 @@
 
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 import time
@@ -148,12 +146,12 @@ def test_everything_is_synced_before_the_name_that_shows_it(tmp_path, monkeypatc
     assert ranks == [("sync", RANKS[1]), ("sync", RANKS[0])]
     assert temporary.startswith("iter_0000010.tmp-")
     assert steps[5:] == [
-        ("sync", f"{MANIFEST}.tmp"),
+        ("sync", durable.temporary_path(final / MANIFEST).name),
         ("rename", MANIFEST),
         ("sync", temporary),
         ("rename", final.name),
         ("sync", tmp_path.name),
-        ("sync", f"{TRACKER}.tmp"),
+        ("sync", durable.temporary_path(tmp_path / TRACKER).name),
         ("rename", TRACKER),
         ("sync", tmp_path.name),
     ]
@@ -341,11 +339,22 @@ def test_prune_keeps_the_newest(tmp_path):
         checkpoint.prune(tmp_path, 0)
 
 
-def test_prune_keeps_the_tracked_one(tmp_path):
+def test_prune_keeps_the_tracked_one_and_what_is_newer(tmp_path):
     for iteration in (10, 20, 30):
         save(tmp_path, iteration)
     (tmp_path / TRACKER).write_text("10")
-    assert [path.name for path in checkpoint.prune(tmp_path, 1)] == ["iter_0000020"]
+    assert checkpoint.prune(tmp_path, 1) == []
+
+
+def test_prune_does_not_count_what_the_run_has_passed_over(tmp_path):
+    for iteration in (4, 6, 8):
+        save(tmp_path, iteration)
+    flip_a_byte(tmp_path / "iter_0000008" / RANKS[0] / MODEL_FILE)  # its size is as it should be
+    save(tmp_path, 7)  # of a run that had to continue from 6
+    assert [path.name for path in checkpoint.prune(tmp_path, 2)] == ["iter_0000004"]
+    (tmp_path / "iter_0000007" / MANIFEST).unlink()
+    (tmp_path / "iter_0000007" / RANKS[0] / MODEL_FILE).unlink()
+    assert latest(tmp_path)[0] == "iter_0000006"
 
 
 def test_prune_does_not_count_damaged_checkpoints_as_kept(tmp_path):
@@ -366,181 +375,34 @@ def dead_pid():
 
 
 def test_left_overs_of_dead_writers_are_removed_and_those_of_live_ones_stay(tmp_path):
-    host, living = checkpoint._host(), os.getppid()
+    host, living = durable._host(), os.getppid()
     gone = [
         f"iter_0000010.tmp-{host}-{dead_pid()}",
         f"iter_0000020.old-{host}-{dead_pid()}",
         f"release.tmp-{host}-{dead_pid()}",
         "iter_0000030.tmp-another-host-7",
         f"iter_0000010.tmp-{host}-{os.getpid()}",
+        f"{TRACKER}.tmp-{host}-{dead_pid()}",
     ]
     stay = [
         "iter_0000010.tmp-another-host-1",
         f"iter_0000010.tmp-{host}-{living}",
         f"iter_0000040.tmp-{host}-{os.getpid()}",  # another save of this process, still running
         "iter_0000010.backup",
+        f"notes.tmp-{host}-{dead_pid()}",
     ]
     for name in (*gone, *stay):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_bytes(b"x")
-    long_ago = time.time() - 2 * checkpoint._UNTOUCHED_S
+    (tmp_path / gone[-1] / "half").unlink()
+    (tmp_path / gone[-1]).rmdir()
+    (tmp_path / gone[-1]).write_bytes(b"2")  # the tracker is a file
+    long_ago = time.time() - 2 * durable._UNTOUCHED_S
     for path in (tmp_path / gone[3] / "half", tmp_path / gone[3]):
         os.utime(path, (long_ago, long_ago))
     temporary = checkpoint.begin(tmp_path, 10)
     assert names(tmp_path) == sorted([*stay, temporary.name])
     assert list(temporary.iterdir()) == []
-
-
-# Forks a child for every step that touches the file system; it dies just before that step.
-DIE_AT_EVERY_STEP = """
-import os, signal, sys
-from pathlib import Path
-from test_checkpoint import save
-from ml_parallel import checkpoint
-
-root, keep = Path(sys.argv[1]), int(sys.argv[2])
-STEPS = {"open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "os.unlink", "os.scandir",
-         "os.listdir", "os.truncate", "ctypes.dlsym"}
-
-def save_and_die(step):
-    count = 0
-    def die(event, _):
-        nonlocal count
-        count += event in STEPS
-        if count > step:
-            os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(die)
-    save(root, 20, b"new")
-    checkpoint.prune(root, keep)
-    os._exit(0)
-
-step = 0
-while True:
-    pid = os.fork()
-    if pid == 0:
-        save_and_die(step)
-    _, status = os.waitpid(pid, 0)
-    skipped = []
-    found = checkpoint.latest(root, lambda *why: skipped.append(why))
-    for path in checkpoint.candidates(root):
-        assert checkpoint.verify(path), (step, path)
-    assert not skipped, (step, skipped)
-    content = (found / "mp_rank_00_000" / checkpoint.MODEL_FILE).read_bytes()
-    print(step, found.name, content[:3].decode(), flush=True)
-    if status == 0:
-        break
-    step += 1
-left = sorted(path.name for path in root.iterdir())
-save(root, 30)
-print(*left)
-"""
-
-
-def die_at_every_step(root, keep):
-    script = [sys.executable, "-c", DIE_AT_EVERY_STEP, str(root), str(keep)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    run = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=120)
-    assert run.returncode == 0, run.stderr
-    *steps, left = run.stdout.splitlines()
-    return [step.split()[1:] for step in steps], left.split()
-
-
-def test_a_writer_killed_at_any_step_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
-    for iteration in (5, 10):
-        save(tmp_path, iteration, b"old")
-    seen, left = die_at_every_step(tmp_path, keep=1)
-    switch = seen.index(["iter_0000020", "new"])
-    assert switch > 15  # many steps before the tracker moves, some after it
-    assert len(seen) - switch > 5
-    assert seen[:switch] == [["iter_0000010", "old"]] * switch
-    assert seen[switch:] == [["iter_0000020", "new"]] * (len(seen) - switch)
-    assert left == ["iter_0000020", TRACKER]
-
-
-def test_a_writer_killed_while_it_replaces_a_checkpoint_leaves_the_old_or_the_new_one(tmp_path):
-    save(tmp_path, 20, b"old")
-    seen, left = die_at_every_step(tmp_path, keep=1)
-    switch = seen.index(["iter_0000020", "new"])
-    assert seen[:switch] == [["iter_0000020", "old"]] * switch
-    assert left == ["iter_0000020", TRACKER]
-
-
-SAVE_FOR_EVER = """
-import itertools, sys
-from pathlib import Path
-from test_checkpoint import save
-from ml_parallel import checkpoint
-
-for iteration in itertools.count(int(sys.argv[2])):
-    save(Path(sys.argv[1]), iteration, bytes(1 << 20))
-    checkpoint.prune(Path(sys.argv[1]), 2)
-    print(iteration, flush=True)
-"""
-
-
-def test_a_writer_killed_at_random_moments_never_loses_what_it_reported(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    iteration = 0
-    for life in range(8):
-        script = [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path), str(iteration + 1)]
-        process = subprocess.Popen(script, stdout=subprocess.PIPE, text=True, env=environment)
-        reported = int(process.stdout.readline())
-        time.sleep(0.013 * life)
-        process.send_signal(signal.SIGKILL)
-        rest = process.communicate()[0].split("\n")[:-1]
-        reported = int(rest[-1]) if rest else reported
-        found, skipped = latest(tmp_path)
-        assert skipped == []
-        iteration = int(found.removeprefix("iter_"))
-        assert iteration >= reported
-    save(tmp_path, iteration + 1)
-    assert [name for name in names(tmp_path) if "tmp" in name or "old" in name] == []
-
-
-# A full disk, simulated by the largest size a file may have
-
-
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
-from test_checkpoint import save
-
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
-try:
-    save(Path(sys.argv[1]), 20, bytes(int(sys.argv[3])))
-except OSError as error:
-    print(error.strerror)
-"""
-
-
-@pytest.mark.parametrize(
-    ("limit", "content"),
-    [(1000, 2000), (300, 100), (1, 0)],
-    ids=["model file", "manifest", "first byte"],
-)
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, limit, content):
-    save(tmp_path, 10)
-    script = [sys.executable, "-c", FULL_DISK, str(tmp_path), str(limit), str(content)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    environment["PYTHONDONTWRITEBYTECODE"] = "1"
-    run = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=60)
-    assert run.stdout == "File too large\n", run.stderr
-    assert latest(tmp_path) == ("iter_0000010", [])
-    assert checkpoint.read_tracker(tmp_path) == 10
-    assert len(checkpoint.candidates(tmp_path)) == 1
-
-
-def test_a_full_disk_at_the_last_moment_leaves_the_old_tracker(tmp_path):
-    save(tmp_path, 10)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            durable.write(tmp_path / TRACKER, b"20")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert checkpoint.read_tracker(tmp_path) == 10
-    assert names(tmp_path) == ["iter_0000010", TRACKER]
 
 
 def test_checkpoints_need_neither_torch_nor_megatron():

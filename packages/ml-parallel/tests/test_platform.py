@@ -143,6 +143,23 @@ def test_a_process_alone_is_a_group_of_one():
     )
 
 
+def test_a_rank_that_nobody_answers_says_so_in_time(monkeypatch):
+    where = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in where.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1 port 1: rank 0 did not answer within"):
+        platform.initialize_process_group(platform.activate("cpu"), join_minutes=0.002)
+
+
+def test_half_an_environment_of_a_launcher_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(ValueError, match="MASTER_ADDR, MASTER_PORT are not: set all that torchrun"):
+        platform.initialize_process_group(platform.activate("cpu"))
+
+
 def test_type_names_stay_usable_as_strings_and_keys():
     name = cpu.TypeName("torch.FloatTensor")
     assert {name: 1}["torch.FloatTensor"] == 1

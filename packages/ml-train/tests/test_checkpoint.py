@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
+import re
 import resource
+import shutil
 import signal
 
 import pytest
@@ -17,6 +20,7 @@ from ml_models.flags import UsageError
 from ml_parallel.checkpoint import MANIFEST, TRACKER
 from ml_parallel.testing import run_ranks
 from ml_parallel.topology import Topology
+from ml_train.config import CheckpointConfig
 
 TIED = dataclasses.replace(UNTIED, untie_embeddings_and_output_weights=False)
 DROPOUT = Dropout(attention_dropout=0.1, hidden_dropout=0.1)
@@ -224,19 +228,187 @@ def test_a_pickle_that_would_run_code_is_refused(two_checkpoints, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-def save_with_small_disk(job, root, limited_rank):
+# Which checkpoint a run begins with
+
+
+class Lines(logging.Handler):
+    """What is said."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+def resumed(job, flags):
+    """Return how far a run with these flags is when it begins, with what, and what it says."""
+    from ml_train import checkpoint
+
+    said, rank = Lines(), Rank(job)
+    logging.getLogger("ml_train").addHandler(said)
+    try:
+        found = checkpoint.resume(flags, rank.state)
+    except UsageError as error:
+        return None, None, [str(error)]
+    return found and found.iteration, every_tensor(rank), said.lines
+
+
+def without_optimizer(root):
+    """Leave of a checkpoint what one from elsewhere has: weights, and no manifest."""
+    for path in [*root.rglob("optimizer_shard_*.pt"), *root.rglob(MANIFEST)]:
+        path.unlink()
+    for path in root.rglob("model_optim_rng.pt"):
+        edit(path, lambda content: delattr(content["args"], "ml_train_version"))
+
+
+def edit(path, change):
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, weights_only=True)
+    change(content)
+    torch.save(content, path)
+
+
+def test_a_run_that_began_elsewhere_continues_from_its_own_checkpoints(tmp_path):
+    job = Job()
+    load, save = tmp_path / "converted", tmp_path / "run"
+    run_ranks(train, 1, job, 1, load, None, 1)
+    without_optimizer(load)
+    ((first, _, said),) = run_ranks(resumed, 1, job, CheckpointConfig(load=load, save=save))
+    assert first == 0
+    assert said == [f"{load}/iter_0000001 holds weights only: starting from step 0"]
+    ((_, _, saved),) = run_ranks(train, 1, job, 3, save, None, 3)
+    ((again, tensors, said),) = run_ranks(resumed, 1, job, CheckpointConfig(load=load, save=save))
+    assert again == 3
+    assert_equal_shards(tensors, saved)
+    assert said == [f"--save {save} holds checkpoints: continuing from them, not from --load"]
+    shutil.rmtree(load)
+    assert run_ranks(resumed, 1, job, CheckpointConfig(load=load, save=save))[0][0] == 3
+
+
+def assert_equal_shards(found, expected):
+    for kind, shards in expected.items():
+        for (name, *_, theirs), (*_, ours) in zip(shards, found[kind], strict=True):
+            assert (ours == theirs).all(), (kind, name)
+
+
+def test_fine_tuning_takes_the_weights_and_begins_anew(two_checkpoints, tmp_path):
+    _, root = two_checkpoints
+    ((first, plain, _),) = run_ranks(resumed, 1, Job(), CheckpointConfig(load=root))
+    ((tuned, tensors, _),) = run_ranks(
+        resumed, 1, Job(), CheckpointConfig(load=root, save=tmp_path / "run", finetune=True)
+    )
+    ((cold, without, _),) = run_ranks(
+        resumed, 1, Job(), CheckpointConfig(load=root, load_optim=False)
+    )
+    assert (first, tuned, cold) == (4, 0, 4)
+    for begun in (tensors, without):
+        assert_equal_shards({"main": begun["main"]}, {"main": plain["main"]})
+        assert not any(moment.any() for *_, moment in begun["exp_avg"])
+    assert any(moment.any() for *_, moment in plain["exp_avg"])
+
+
+def test_any_step_can_be_chosen(two_checkpoints):
+    _, root = two_checkpoints
+    assert run_ranks(resumed, 1, Job(), CheckpointConfig(load=root, ckpt_step=2))[0][0] == 2
+    victim = next((root / "iter_0000002").rglob("*.pt"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    ((found, _, said),) = run_ranks(resumed, 1, Job(), CheckpointConfig(load=root, ckpt_step=2))
+    assert found is None
+    assert said[0].startswith(f"--ckpt-step 2: {victim} is torn")
+
+
+# Incomplete ones
+
+
+def test_a_checkpoint_of_ours_without_its_manifest_is_torn(two_checkpoints):
+    job, root = two_checkpoints
+    newest = root / "iter_0000004"
+    (newest / MANIFEST).unlink()
+    for path in newest.rglob("optimizer_shard_*.pt"):
+        path.unlink()  # what is left looks like weights to begin with
+    for found, _, said in run_ranks(resumed, 2, job, CheckpointConfig(load=root)):
+        assert found == 2
+        assert said in (
+            [],
+            [f"skipped a damaged checkpoint: {newest}: {newest / MANIFEST} is missing"],
+        )
+
+
+def rename_norms(content):
+    norm = "decoder.layers.0.input_layernorm.weight"
+    content["model"]["decoder.layers.0.self_attention.linear_qkv.layer_norm_weight"] = content[
+        "model"
+    ].pop(norm)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            rename_norms,
+            "norms have Transformer Engine's names; rewrite the checkpoint with ml-conv",
+        ),
+        (
+            lambda content: content["model"].pop("decoder.layers.3.mlp.linear_fc2.weight"),
+            "/mp_rank_00/model_optim_rng.pt: holds no decoder.layers.3.mlp.linear_fc2.weight",
+        ),
+    ],
+    ids=["Transformer Engine", "missing tensor"],
+)
+def test_a_checkpoint_without_a_tensor_names_file_and_tensor(tmp_path, damage, message):
+    job = Job(topology=LAYOUTS["pp2"][1])
+    run_ranks(train, 1, Job(), 1, tmp_path, None, 1)
+    without_optimizer(tmp_path)
+    edit(tmp_path / "iter_0000001" / "mp_rank_00" / "model_optim_rng.pt", damage)
+    for found, _, said in run_ranks(resumed, 2, job, CheckpointConfig(load=tmp_path)):
+        assert found is None
+        assert message in said[0]
+
+
+def test_a_lost_optimizer_shard_is_named(tmp_path):
+    job = Job(topology=LAYOUTS["dp2 dist"][1])
+    run_ranks(train, 2, job, 1, tmp_path, None, 1)
+    folder = tmp_path / "iter_0000001" / "mp_rank_00"
+    (folder.parent / MANIFEST).unlink()
+    edit(
+        folder / "model_optim_rng.pt", lambda content: delattr(content["args"], "ml_train_version")
+    )
+    (folder / "optimizer_shard_001.pt").unlink()
+    ((found, _, said),) = run_ranks(resumed, 1, Job(), CheckpointConfig(load=tmp_path))
+    assert found is None
+    assert re.match(rf"{folder}: .*optimizer_shard_\*\.pt .*[a-z]\.weight", said[0]), said
+
+
+def test_a_model_of_no_known_family_is_not_called_one(tmp_path):
+    arch = dataclasses.replace(UNTIED, normalization="LayerNorm", swiglu=False)
+    families = []
+    for number, job in enumerate((Job(), Job(arch=arch))):
+        run_ranks(train, 1, job, 1, tmp_path / str(number), None, 1)
+        path = tmp_path / str(number) / "iter_0000001" / "mp_rank_00" / "model_optim_rng.pt"
+        edit(path, lambda content: families.append(content["args"].model_family))
+    assert families == ["llama", None]
+
+
+# A full disk
+
+
+def save_with_small_disk(job, root, limited_rank, limits):
+    """Return what is said when files may be so large."""
     from ml_train import checkpoint
     from ml_train.state import Progress
 
     rank = Rank(job)
-    if torch.distributed.get_rank() == limited_rank:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-    try:
-        checkpoint.save(root, rank.state, Progress(iteration=9), keep=None)
-    except OSError as error:
-        return str(error)
-    return None
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    messages = []
+    for limit in limits:
+        if torch.distributed.get_rank() == limited_rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        with pytest.raises(OSError, match="cannot write the checkpoint") as caught:
+            checkpoint.save(root, rank.state, Progress(iteration=9), keep=None)
+        messages.append(str(caught.value))
+    return messages
 
 
 @pytest.mark.parametrize("limited_rank", [0, 1])
@@ -245,11 +417,12 @@ def test_a_full_disk_on_one_rank_fails_all_and_leaves_the_last_checkpoint(
 ):
     job, root = two_checkpoints
     before = sorted(str(path) for path in root.rglob("*"))
-    messages = run_ranks(save_with_small_disk, 2, job, root, limited_rank)
-    for message in messages:
-        assert "cannot write the checkpoint" in message
-        assert f"rank {limited_rank}" in message
-        assert ".pt" in message
+    # The first byte, and what torch.save writes at once, in the middle and at the end.
+    limits = (0, 1_000, 40_000, 60_000, 100_000)
+    for messages in run_ranks(save_with_small_disk, 2, job, root, limited_rank, limits):
+        for message in messages:
+            assert f"rank {limited_rank}" in message
+            assert re.search(r"iter_0000009\.tmp-.*/mp_rank_00/\w+\.pt$", message), message
     assert sorted(str(path) for path in root.rglob("*")) == before
 
 

@@ -12,7 +12,13 @@ from token_files import describe, write_corpus
 
 from ml_models.flags import UsageError
 from ml_parallel import platform
-from ml_train.corpora import check_splits, common_tokenizer, read_corpora, split_bounds
+from ml_train.corpora import (
+    check_splits,
+    common_tokenizer,
+    read_corpora,
+    read_descriptions,
+    split_bounds,
+)
 from ml_train.settings import DataConfig
 
 
@@ -89,6 +95,19 @@ def test_the_tokenizer_is_the_one_that_all_descriptions_name(tmp_path: Path) -> 
     assert str(caught.value) == (
         f"the data was made with different tokenizers: {paths[1]} with t1, {paths[2]} with t2"
     )
+
+
+def test_descriptions_are_read_without_the_index(tmp_path: Path) -> None:
+    paths = [describe(write_corpus(tmp_path / name, [3]), vocab_size=9) for name in "ab"]
+    config = DataConfig(data_path=tuple(paths))
+    info = common_tokenizer(read_corpora(config))
+    assert info is not None
+    for path in paths:
+        Path(f"{path}.idx").write_bytes(b"torn")  # another process will say so
+    assert common_tokenizer(read_descriptions(config)) == info
+    Path(f"{paths[1]}.idx").unlink()
+    with pytest.raises(UsageError, match=f"incomplete: {paths[1]}.idx does not exist"):
+        read_descriptions(config)
 
 
 @pytest.mark.parametrize("split", [(969, 30, 1), (90, 10), (1,), (1, 0, 1), (0.3, 0.3, 0.4)])

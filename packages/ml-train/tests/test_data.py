@@ -382,7 +382,7 @@ def test_a_cache_that_a_node_cannot_see_is_a_message(
     corpus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another node's disk is played by a directory that vanishes when rank 0 has made it."""
-    decide = data._on_rank_0
+    decide = data.on_rank_0
 
     def vanish(plan: Any) -> Any:
         found = decide(plan)
@@ -391,7 +391,7 @@ def test_a_cache_that_a_node_cannot_see_is_a_message(
         torch.distributed.barrier()
         return found
 
-    monkeypatch.setattr(data, "_on_rank_0", vanish)
+    monkeypatch.setattr(data, "on_rank_0", vanish)
 
     def work() -> None:
         with pytest.raises(UsageError, match="must name a directory that all nodes share"):

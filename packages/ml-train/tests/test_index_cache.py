@@ -62,7 +62,12 @@ def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(tmp_path
     try:
         here = socket.gethostname()
         left = [f"key.tmp-{here}-{killed.pid}", f"other.tmp-{here}-{killed.pid}"]
-        kept = [f"key.tmp-{here}-{living.pid}", f"key.tmp-elsewhere-{killed.pid}", "other"]
+        kept = [
+            f"key.tmp-{here}-{living.pid}",
+            f"key.tmp-elsewhere-{killed.pid}",
+            f"key.tmp-{here}-notes",
+            "other",
+        ]
         for name in left + kept:
             (tmp_path / name).mkdir()
             fill(tmp_path / name)

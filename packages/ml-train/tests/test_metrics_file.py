@@ -89,6 +89,34 @@ def test_a_run_from_the_beginning_starts_the_file_anew(tmp_path: Path) -> None:
     assert kinds(path) == [("run", 0), ("step", 1)]
 
 
+def test_the_file_of_another_run_is_set_aside_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    run(path, 0, 5)
+    contents = [path.read_bytes()]
+    for number in (1, 2):
+        file = MetricsFile(path, iteration=0, set_aside=True)
+        aside = tmp_path / f"metrics.jsonl.{number}"
+        assert [aside.read_bytes(), path.read_bytes()] == [contents[-1], b""]
+        assert caplog.messages[-1] == (
+            f"{path} held the metrics of another run, which are in {aside} now"
+        )
+        file.step(make_step(1))
+        file.close()
+        contents.append(path.read_bytes())
+    MetricsFile(path, iteration=1, set_aside=True).close()  # it continues this one
+    assert path.read_bytes() == contents[-1]
+
+
+def test_a_start_without_a_step_is_no_run_to_keep(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    run(path, 0, 0)
+    MetricsFile(path, iteration=0, set_aside=True).close()
+    assert [name.name for name in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert path.read_bytes() == b""
+
+
 @pytest.mark.parametrize("size", range(1, 300, 23))
 def test_a_line_torn_by_a_kill_is_dropped(tmp_path: Path, size: int) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -128,6 +156,9 @@ def test_a_full_disk_names_the_file_and_tears_no_other_line(tmp_path: Path) -> N
         resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 9,) * 2)
         with pytest.raises(OSError, match="File too large") as caught:
             file.step(make_step(2))
+        assert caught.value.filename == str(path)
+        with pytest.raises(OSError, match="File too large") as caught:
+            file.close()
         assert caught.value.filename == str(path)
 
     testing.run_ranks(work, 1)

@@ -23,26 +23,32 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("name", "tflops"),
+    ("name", "half", "single"),
     [
-        ("NVIDIA H100 80GB HBM3", 989.4),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA H100 NVL", 835.5),
-        ("NVIDIA H800", 989.4),
-        ("NVIDIA H200", 989.4),
-        ("NVIDIA GH200 480GB", 989.4),
-        ("NVIDIA B200", 2250.0),
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA A800-SXM4-40GB", 312.0),
-        ("NVIDIA L40S", 362.0),
-        ("Ascend910B2", 354.0),
-        ("NVIDIA GeForce GTX 1080", None),
-        ("NVIDIA A10", None),
-        ("Ascend910A", None),
+        ("NVIDIA H100 80GB HBM3", 989.4, 67.0),
+        ("NVIDIA H100 PCIe", 756.0, 51.0),
+        ("NVIDIA H100 NVL", 835.5, 60.0),
+        ("NVIDIA H800", 989.4, 67.0),
+        ("NVIDIA H200", 989.4, 67.0),
+        ("NVIDIA H200 NVL", 835.5, 60.0),
+        ("NVIDIA GH200 480GB", 989.4, 67.0),
+        ("NVIDIA B200", 2250.0, 75.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0, 19.5),
+        ("NVIDIA A800-SXM4-40GB", 312.0, 19.5),
+        ("NVIDIA L40S", 362.0, 91.6),
+        ("Ascend910B2", 354.0, None),
+        ("NVIDIA GeForce GTX 1080", None, None),
+        ("NVIDIA A10", None, None),
+        ("Ascend910A", None, None),
     ],
 )
-def test_a_known_name_has_the_number_of_its_datasheet(name: str, tflops: float | None) -> None:
-    assert datasheet(name) == tflops
+def test_a_known_name_has_the_numbers_of_its_datasheet(
+    name: str, half: float | None, single: float | None
+) -> None:
+    assert datasheet(name, torch.bfloat16) == half
+    assert datasheet(name, torch.float16) == half
+    assert datasheet(name, torch.float32) == single
+    assert datasheet(name, torch.float64) is None
 
 
 def test_every_number_has_a_source() -> None:

@@ -2,120 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from token_files import describe, write_corpus
+from pretrain_job import (
+    assert_one_line,
+    copied,
+    flags,
+    predictable_corpus,
+    run,
+    started,
+    steps,
+    wait_for_step,
+    weights,
+)
 
 from ml_train.cli import main
 
-VOCABULARY = 97
 
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Return the prefix of token files in which each token follows from the one before."""
-    prefix = str(tmp_path_factory.mktemp("data") / "text_document")
-    write_corpus(Path(prefix), [200] * 60)
-    tokens = Path(f"{prefix}.bin")
-    import numpy as np
-
-    ids = np.fromfile(tokens, dtype=np.int32)
-    (ids * 7 % VOCABULARY).astype(np.int32).tofile(tokens)
-    return describe(prefix, vocab_size=VOCABULARY)
-
-
-def flags(corpus, **changes):
-    """Return the command line of a small run; None leaves a flag out, True gives it bare."""
-    values = {
-        "num_layers": 2,
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "num_query_groups": 2,
-        "ffn_hidden_size": 64,
-        "max_position_embeddings": 64,
-        "swiglu": True,
-        "normalization": "RMSNorm",
-        "disable_bias_linear": True,
-        "untie_embeddings_and_output_weights": True,
-        "make_vocab_size_divisible_by": 8,
-        "seq_length": 32,
-        "micro_batch_size": 2,
-        "global_batch_size": 8,
-        "train_iters": 8,
-        "lr": 3e-3,
-        "lr_decay_style": "cosine",
-        "data_path": corpus,
-        "split": "90,10,0",
-        "device": "cpu",
-        **changes,
-    }
-    words = []
-    for name, value in values.items():
-        if value is None:
-            continue
-        words.append("--" + name.replace("_", "-"))
-        if value is not True:
-            words += [str(item) for item in (value if isinstance(value, list) else [value])]
-    return words
-
-
-def command(words):
-    return [sys.executable, "-m", "ml_train", "pretrain", *words]
-
-
-def run(words, **more):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command(words), capture_output=True, text=True, timeout=400, env=environment, **more
-    )
-
-
-def started(words):
-    return subprocess.Popen(
-        command(words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for_step(process, number):
-    for line in process.stdout:
-        if re.match(rf" iteration +{number}/", line):
-            return
-    raise AssertionError(process.stderr.read())
-
-
-def steps(path):
-    entries = [json.loads(line) for line in Path(path).read_text().splitlines()]
-    return [entry for entry in entries if entry["kind"] == "step"]
-
-
-def weights(folder):
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return {
-            (path.parent.name, name): tensor
-            for path in sorted(folder.glob("mp_rank_*/model_optim_rng.pt"))
-            for name, tensor in torch.load(path, weights_only=True)["model"].items()
-        }
-
-
-def assert_one_line(text, *parts):
-    """A clear message: one line, without a traceback, that says all parts."""
-    assert "Traceback" not in text
-    for part in parts:
-        assert part in text
-    # A rank that takes long to end may say the same as rank 0, under its own name.
-    (line,) = {re.sub(r"^\[rank \d+\] ", "", x) for x in text.splitlines() if parts[0] in x}
-    assert line.startswith("ml-train")
+    return predictable_corpus(tmp_path_factory.mktemp("data"))
 
 
 # Training
@@ -139,7 +52,11 @@ def trained(corpus, tmp_path_factory):
         tensorboard_dir=root / "tensorboard",
         log_throughput=True,
     )
-    return run(words), root
+    nowhere = root / "current directory"
+    nowhere.mkdir()
+    for module in ("rich", "torch", "yaml"):
+        (nowhere / f"{module}.py").write_text("raise ImportError('found in the current directory')")
+    return run(words, cwd=nowhere), root
 
 
 def test_it_learns_and_reports_megatrons_line_for_every_step(trained):
@@ -162,6 +79,11 @@ def test_it_learns_and_reports_megatrons_line_for_every_step(trained):
     losses = [step["loss"] for step in steps(root / "checkpoints" / "metrics.jsonl")]
     assert len(losses) == 20
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_no_rank_imports_from_the_current_directory(trained):
+    assert trained[0].returncode == 0, trained[0].stderr
+    assert "current directory" not in trained[0].stderr
 
 
 def test_every_step_says_how_fast_it_was(trained):
@@ -196,61 +118,45 @@ def test_it_keeps_the_newest_checkpoints(trained):
 RESUMABLE = {"attention_dropout": 0.1, "hidden_dropout": 0.1, "train_iters": 40, "bf16": True}
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(corpus, tmp_path_factory):
-    """Return the flags of a run with dropout on two ranks, and where it wrote when left alone."""
+@pytest.mark.slow
+def test_a_run_that_signals_stop_twice_ends_bit_for_bit_like_one_left_alone(corpus, tmp_path):
     layout = {"nproc_per_node": 2, "use_distributed_optimizer": True, **RESUMABLE}
-    root = tmp_path_factory.mktemp("uninterrupted")
-    process = run(flags(corpus, save=root, **layout))
-    assert process.returncode == 0, process.stderr
-    return layout, root
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_saves_and_the_resumed_run_ends_bit_for_bit_the_same(
-    corpus, uninterrupted, tmp_path, number
-):
-    layout, golden = uninterrupted
-    words = flags(corpus, save=tmp_path, load=tmp_path, **layout)
-    with started(words) as process:
-        wait_for_step(process, 5)
-        process.send_signal(number)
-        rest, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, rest
-    assert f"stopped by {number.name}" in rest
-    done = len(steps(tmp_path / "metrics.jsonl"))
-    assert 5 <= done < 40
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == str(done)
+    golden, stopped = tmp_path / "golden", tmp_path / "stopped"
+    assert run(flags(corpus, save=golden, **layout)).returncode == 0
+    words = flags(corpus, save=stopped, load=stopped, **layout)
+    for number, step in ((signal.SIGTERM, 5), (signal.SIGINT, 15)):
+        with started(words) as process:
+            wait_for_step(process, step)
+            process.send_signal(number)
+            rest, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        assert f"stopped by {number.name}" in rest
+        done = len(steps(stopped / "metrics.jsonl"))
+        assert step <= done < 40
+        assert (stopped / "latest_checkpointed_iteration.txt").read_text() == str(done)
     assert run(words).returncode == 0
     columns = ("iteration", "loss", "grad_norm", "learning_rate", "consumed_samples")
     curves = [
         [[step[name] for name in columns] for step in steps(root / "metrics.jsonl")]
-        for root in (golden, tmp_path)
+        for root in (golden, stopped)
     ]
     assert curves[0] == curves[1]
-    final = [weights(root / "iter_0000040") for root in (golden, tmp_path)]
+    final = [weights(root / "iter_0000040") for root in (golden, stopped)]
     assert final[0].keys() == final[1].keys()
     assert all(torch.equal(tensor, final[1][name]) for name, tensor in final[0].items())
 
 
-def test_it_resumes_in_another_layout(corpus, tmp_path):
-    first = flags(corpus, save=tmp_path, train_iters=12, nproc_per_node=1)
-    assert run([*first, "--train-iters", "6", "--lr-decay-iters", "12"]).returncode == 0
-    second = flags(
-        corpus,
-        save=tmp_path,
-        load=tmp_path,
-        train_iters=12,
-        lr_decay_iters=12,
-        nproc_per_node=2,
-        pipeline_model_parallel_size=2,
-    )
-    process = run(second)
+@pytest.mark.slow
+def test_it_resumes_in_another_layout(trained, corpus, tmp_path):
+    save = copied(trained[1] / "checkpoints", tmp_path)
+    layout = {"nproc_per_node": 2, "pipeline_model_parallel_size": 2}
+    process = run(flags(corpus, save=save, load=save, train_iters=22, **layout))
     assert process.returncode == 0, process.stderr
-    assert [step["iteration"] for step in steps(tmp_path / "metrics.jsonl")] == [*range(1, 13)]
-    assert (tmp_path / "iter_0000012" / "mp_rank_00_001").is_dir()
+    assert [step["iteration"] for step in steps(save / "metrics.jsonl")] == [*range(1, 23)]
+    assert (save / "iter_0000022" / "mp_rank_00_001").is_dir()
 
 
+@pytest.mark.slow
 def test_it_runs_under_torchrun(corpus, tmp_path):
     words = flags(corpus, train_iters=2, metrics_file=tmp_path / "metrics.jsonl")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -277,66 +183,27 @@ def test_a_config_file_gives_the_flags_and_the_command_line_wins(corpus, tmp_pat
     assert step["learning_rate"] == pytest.approx(1e-3)
 
 
-def test_a_run_that_only_makes_nans_gives_up_with_one_message(corpus):
-    process = run(flags(corpus, lr=1e30, max_skipped_iterations=3, train_iters=50))
-    assert process.returncode == 1
-    assert_one_line(process.stderr, "3 steps in a row were skipped", "--lr")
-
-
-# What goes wrong while it runs
-
-
-def test_a_killed_rank_ends_the_job_within_seconds_and_is_named(corpus):
-    words = flags(corpus, nproc_per_node=2, pipeline_model_parallel_size=2, train_iters=100_000)
-    with started(words) as process:
-        wait_for_step(process, 3)
-        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        victim = next(
-            pid for pid in ranks if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()
-        )
-        os.kill(int(victim), signal.SIGKILL)
-        killed = time.monotonic()
-        _, errors = process.communicate(timeout=120)
-    assert time.monotonic() - killed < 20
-    assert process.returncode == 128 + signal.SIGKILL
-    assert f"rank 1 (pid {victim}) was killed by signal 9 (SIGKILL)" in errors
-    for pid in ranks:
-        assert not Path(f"/proc/{pid}").exists()
-
-
-def test_a_full_disk_is_one_message_and_keeps_the_last_checkpoint(corpus, tmp_path):
-    words = flags(corpus, save=tmp_path, load=tmp_path, train_iters=2)
-    assert run(words).returncode == 0
-
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
-
-    process = run([*words, "--train-iters", "4"], preexec_fn=limit)
-    assert process.returncode == 1
-    assert_one_line(process.stderr, "cannot write the checkpoint", ".pt")
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "2"
-    assert sorted(path.name for path in tmp_path.glob("iter_*")) == ["iter_0000002"]
+# Checkpoints that cannot be used
 
 
 def test_a_checkpoint_of_another_model_is_refused(trained, corpus):
-    _, root = trained
-    process = run(flags(corpus, load=root / "checkpoints", num_layers=3, nproc_per_node=2))
+    process = run(flags(corpus, load=trained[1] / "checkpoints", num_layers=3))
     assert process.returncode == 2
     assert_one_line(process.stderr, "it is of another model", "--num-layers is 2 there, 3 here")
 
 
-def test_a_tampered_checkpoint_is_reported_and_the_one_before_is_used(corpus, tmp_path):
-    words = flags(corpus, save=tmp_path, load=tmp_path, train_iters=4, save_interval=2)
-    assert run(words).returncode == 0
-    victim = tmp_path / "iter_0000004" / "mp_rank_00" / "model_optim_rng.pt"
+def test_a_tampered_checkpoint_is_reported_and_the_one_before_is_used(trained, corpus, tmp_path):
+    save = copied(trained[1] / "checkpoints", tmp_path)
+    victim = save / "iter_0000020" / "mp_rank_01" / "model_optim_rng.pt"
     content = bytearray(victim.read_bytes())
     content[-200] ^= 255
     victim.write_bytes(content)
-    process = run(words)
+    process = run(flags(corpus, save=save, load=save, train_iters=20))
     assert process.returncode == 0, process.stderr
-    assert_one_line(process.stderr, "skipped a damaged checkpoint", "iter_0000004")
-    assert [step["iteration"] for step in steps(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert_one_line(process.stderr, "skipped a damaged checkpoint", "iter_0000020")
+    assert [step["iteration"] for step in steps(save / "metrics.jsonl")] == [*range(1, 21)]
+    assert " iteration       16/" in process.stdout
+    assert " iteration       15/" not in process.stdout
 
 
 # Flags that are refused before any work starts

@@ -8,8 +8,17 @@ import torch
 
 from ml_models.architecture import Architecture
 from ml_models.dropout import Dropout
-from ml_parallel.stages import stage_layers
 from ml_parallel.topology import Topology
+from ml_train.config import (
+    Adam,
+    CheckpointConfig,
+    PretrainConfig,
+    Training,
+    Vocabulary,
+    check_world,
+)
+from ml_train.launch import LaunchConfig
+from ml_train.settings import DataConfig, LearningRate, LogConfig
 
 SEQUENCE = 32
 GLOBAL_BATCH = 8
@@ -63,99 +72,63 @@ class Job:
     dtype: torch.dtype = torch.float32
     dropout: Dropout = field(default_factory=Dropout)
     micro_batch_size: int = 1
-    clip_grad: float = 1.0
+    optimizer: Adam = field(default_factory=lambda: Adam(weight_decay=0.1))
+
+    def config(self) -> PretrainConfig:
+        """Return the flags of a run that trains this."""
+        return PretrainConfig(
+            model=self.arch,
+            parallel=self.topology,
+            dropout=self.dropout,
+            training=Training(
+                train_iters=100,
+                seq_length=SEQUENCE,
+                micro_batch_size=self.micro_batch_size,
+                global_batch_size=GLOBAL_BATCH,
+                bf16=self.dtype == torch.bfloat16,
+                fp16=self.dtype == torch.float16,
+                seed=1,
+            ),
+            vocabulary=Vocabulary(make_vocab_size_divisible_by=8),
+            data=DataConfig(data_path=("made by Rank.batches",)),
+            optimizer=self.optimizer,
+            learning_rate=LearningRate(lr=1e-3),
+            checkpoint=CheckpointConfig(),
+            log=LogConfig(),
+            launch=LaunchConfig(),
+        )
 
 
 class Rank:
-    """One rank of a job, built as ml_train builds it; created inside run_ranks."""
+    """One rank of a job, built as a run builds it; created inside run_ranks."""
 
     def __init__(self, job: Job) -> None:
-        from megatron.core.optimizer import OptimizerConfig
+        from ml_train.build import build
 
-        from ml_models.gpt import build_model, transformer_config
-        from ml_models.initialize import initialize
-        from ml_models.weights import padded_vocab_size
-        from ml_parallel.groups import initialize_groups
-        from ml_parallel.optimizer import build_optimizer, distribute
-        from ml_train.state import TrainingState
-        from ml_train.step import prepare_config
-
-        arch, topology = job.arch, job.topology
         self.job = job
-        self.place = initialize_groups(
-            topology, num_chunks=len(stage_layers(arch.num_layers, topology)[0])
-        )
-        config = transformer_config(arch, topology, params_dtype=job.dtype, dropout=job.dropout)
-        rows = padded_vocab_size(
-            arch.vocab_size,
-            make_vocab_size_divisible_by=8,
-            tensor_model_parallel_size=self.place.tp_size,
-        )
-        chunks = build_model(arch, topology, config, padded_vocab_size=rows, seq_length=SEQUENCE)
-        initialize(
-            chunks,
-            arch,
-            seed=1,
-            tp_rank=self.place.tp_rank,
-            tp_size=self.place.tp_size,
-            padded_vocab_size=rows,
-        )
-        self.ddp = distribute([chunk.module for chunk in chunks], config, topology)
-        half = job.dtype != torch.float32
-        self.optimizer = build_optimizer(
-            self.ddp,
-            OptimizerConfig(
-                optimizer="adam",
-                lr=1e-3,
-                weight_decay=0.1,
-                clip_grad=job.clip_grad,
-                bf16=job.dtype == torch.bfloat16,
-                fp16=job.dtype == torch.float16,
-                params_dtype=job.dtype if half else torch.float32,
-                initial_loss_scale=2.0**16,
-                min_loss_scale=1.0,
-                use_distributed_optimizer=topology.use_distributed_optimizer,
-            ),
-        )
-        prepare_config(config, self.optimizer, self.ddp, self.shape)
-        self.state = TrainingState(
-            arch=arch,
-            topology=topology,
-            place=self.place,
-            padded_vocab_size=rows,
-            params_dtype=str(job.dtype).removeprefix("torch."),
-            global_batch_size=GLOBAL_BATCH,
-            chunks=chunks,
-            wrapped=self.ddp,
-            optimizer=self.optimizer,
-        )
-
-    @property
-    def shape(self):
-        from ml_train.step import BatchShape
-
-        size = self.job.micro_batch_size
-        return BatchShape(size, SEQUENCE, GLOBAL_BATCH // (size * self.place.dp_size))
+        built = build(check_world(job.config(), torch.distributed.get_world_size()))
+        self.state, self.shape, self.place = built.state, built.shape, built.place
+        self.ddp, self.optimizer = built.chunks, built.optimizer
 
     def batches(self, iteration, poison=None):
         """Return one iterator of micro-batches per chunk, of the rank's part of a global batch."""
-        generator = torch.Generator().manual_seed(100 + iteration)
-        size = (GLOBAL_BATCH, SEQUENCE + 1)
-        tokens = torch.randint(0, self.job.arch.vocab_size, size, generator=generator)
-        mine = tokens.view(-1, self.place.dp_size, self.job.micro_batch_size, SEQUENCE + 1)
-        mine = mine[:, self.place.dp_rank]
-        mask = torch.ones(self.job.micro_batch_size, SEQUENCE)
+        tokens, mask = global_batch(self.job, iteration)
         if poison is not None:
-            mask = mask * poison
+            mask = torch.full_like(mask, poison)
+        parts = (-1, self.place.dp_size, self.job.micro_batch_size)
         positions = torch.arange(SEQUENCE).expand(self.job.micro_batch_size, -1)
         batches = [
             {
-                "tokens": part[:, :-1],
-                "labels": part[:, 1:],
-                "loss_mask": mask,
+                "tokens": tokens_part[:, :-1],
+                "labels": tokens_part[:, 1:],
+                "loss_mask": mask_part,
                 "position_ids": positions,
             }
-            for part in mine
+            for tokens_part, mask_part in zip(
+                tokens.unflatten(0, parts)[:, self.place.dp_rank],
+                mask.unflatten(0, parts)[:, self.place.dp_rank],
+                strict=True,
+            )
         ]
         return [iter(batches) for _ in self.ddp]
 
@@ -170,6 +143,14 @@ class Rank:
             self.shape,
             stop_requested=lambda: False,
         )
+
+    def evaluate(self, iteration):
+        """Return the loss of the data of a step, without training on it."""
+        from ml_train.step import evaluate, parameters_in_place
+
+        with parameters_in_place(self.ddp):
+            batches = self.batches(iteration)
+            return evaluate(self.ddp, batches, self.shape, stop_requested=lambda: False)[0]
 
     def shards(self, values):
         """Return [(global name, tp rank, start, stop, values(shard))] of what this rank updates."""
@@ -186,6 +167,19 @@ class Rank:
             )
             for s in optimizer_shards(self.optimizer)
         ]
+
+
+def global_batch(job, iteration):
+    """Return tokens (B, S + 1) and the mask of the loss (B, S), uneven over the samples.
+
+    Each token follows from the one before: a model learns that, and its loss falls.
+    """
+    generator = torch.Generator().manual_seed(100 + iteration)
+    first = torch.randint(0, job.arch.vocab_size, (GLOBAL_BATCH, 1), generator=generator)
+    tokens = (first + 7 * torch.arange(SEQUENCE + 1)) % job.arch.vocab_size
+    kept = torch.rand(GLOBAL_BATCH, 1, generator=generator)
+    mask = torch.rand(GLOBAL_BATCH, SEQUENCE, generator=generator) < kept
+    return tokens, mask.float()
 
 
 def assemble(ranks, arch, tp_size):

@@ -75,7 +75,10 @@ def _open_megatron(request: Request) -> Source:
     elif request.model_type_hf:
         family = huggingface.family(request.model_type_hf)
     source = megatron.open_checkpoint(
-        directory, default=known, true_vocab_size=request.true_vocab_size
+        directory,
+        default=known,
+        true_vocab_size=request.true_vocab_size,
+        hashes=request.verify or request.verify_only,
     )
     if known is not None and request.hf_config is not None:
         companions.check_skeleton(request.hf_config, known, source.arch)

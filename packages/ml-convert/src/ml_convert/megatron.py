@@ -83,7 +83,11 @@ class _Rank(NamedTuple):
 
 
 def open_checkpoint(
-    directory: Path, *, default: Architecture | None, true_vocab_size: int | None
+    directory: Path,
+    *,
+    default: Architecture | None,
+    true_vocab_size: int | None,
+    hashes: bool = False,
 ) -> Source:
     """Open one checkpoint.
 
@@ -91,12 +95,13 @@ def open_checkpoint(
         directory: Holds mp_rank_* directories.
         default: Description to use where `args` say nothing.
         true_vocab_size: Vocabulary without padding, if it is known better.
+        hashes: Check the content against the manifest, if there is one.
 
     Raises:
         ConversionError: It is damaged, incomplete, or of a kind that is not supported.
     """
     try:
-        directories.verify(directory, hashes=False)
+        directories.verify(directory, hashes=hashes, only=directories.MODEL_FILE)
     except CheckpointError as error:
         raise ConversionError(f"{error}; choose another checkpoint with --iteration") from None
     tp_size, pp_size = _sizes(directory)

@@ -7,10 +7,7 @@ next run removes what is.
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,8 +22,6 @@ RELEASE: Literal["release"] = "release"
 """Megatron's name for weights without the state of a training."""
 TOOL = "ml-convert"
 
-_TEMPORARY = re.compile(r"(.+)\.(?:tmp|old)-(.+)-([0-9]{1,9})")
-
 
 def check_writable(save_dir: Path, *, save_format: str, overwrite: bool) -> None:
     """Check that nothing of value would be lost or mixed up by writing to a directory.
@@ -38,7 +33,7 @@ def check_writable(save_dir: Path, *, save_format: str, overwrite: bool) -> None
         return
     if not save_dir.is_dir():
         raise ConversionError(f"--save-dir {save_dir}: is a file")
-    content = [path.name for path in save_dir.iterdir() if not _TEMPORARY.fullmatch(path.name)]
+    content = [path.name for path in save_dir.iterdir() if not durable.temporary(path)]
     if not content:
         return
     if not _is_ours(save_dir, content, save_format):
@@ -95,15 +90,10 @@ def _begin(save_dir: Path) -> Path:
     """Make a directory beside the final one; removes those of dead writers."""
     save_dir.parent.mkdir(parents=True, exist_ok=True)
     for path in save_dir.parent.iterdir():
-        match = _TEMPORARY.fullmatch(path.name)
-        if (
-            match
-            and match[1] == save_dir.name
-            and match[2] == _host()
-            and not _lives(int(match[3]))
-        ):
+        made = durable.temporary(path)
+        if made and made.name == save_dir.name and (made.is_ours or durable.is_left_over(path)):
             shutil.rmtree(path, ignore_errors=True)
-    temporary = save_dir.with_name(f"{save_dir.name}.tmp-{_host()}-{os.getpid()}")
+    temporary = durable.temporary_path(save_dir)
     temporary.mkdir()
     return temporary
 
@@ -112,24 +102,7 @@ def _commit(
     temporary: Path, save_dir: Path, files: list[FileEntry], metadata: dict[str, Any]
 ) -> Path:
     write_manifest(temporary, RELEASE, files, metadata)
-    aside = save_dir.with_name(f"{save_dir.name}.old-{_host()}-{os.getpid()}")
-    replaced = durable.publish(temporary, save_dir, aside=aside)
+    replaced = durable.publish(temporary, save_dir)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
     return save_dir
-
-
-def _host() -> str:
-    return re.sub(r"[^\w.-]", "_", socket.gethostname()) or "localhost"
-
-
-def _lives(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

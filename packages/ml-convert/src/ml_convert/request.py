@@ -61,7 +61,8 @@ class Request:
     max_shard_size: str = "5GB"
     """Largest size of an exported safetensors file."""
     verify: bool = False
-    """After writing, read everything back and compare it bit by bit before it gets its name."""
+    """Check the hashes of what is read, if it has a manifest; after writing, read everything back
+    and compare it bit by bit before it gets its name."""
     verify_only: bool = False
     """Write nothing: compare an earlier output in --save-dir with --load-dir, bit by bit."""
     dry_run: bool = False

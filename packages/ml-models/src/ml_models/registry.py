@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
+from ml_models.architecture import Architecture
 from ml_models.families.family import Family
 from ml_models.families.llama import LLAMA
 
@@ -28,6 +29,11 @@ def family(name: str) -> Family:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise ValueError(f"model family {name!r} is unknown (known: {', '.join(known)}){hint}")
+
+
+def family_of(arch: Architecture) -> Family | None:
+    """Find the first family that can represent a model; None if there is none."""
+    return next((found for found in _FAMILIES if found.represents(arch)), None)
 
 
 def family_for(config: Mapping[str, object]) -> Family:

@@ -19,13 +19,11 @@ One process calls `begin` and `commit`; every rank may write files in between an
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 import re
 import shutil
-import socket
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +42,7 @@ from ml_parallel.manifest import (
 )
 
 __all__ = [
+    "LOCK",
     "MANIFEST",
     "MODEL_FILE",
     "TRACKER",
@@ -53,6 +52,7 @@ __all__ = [
     "Manifest",
     "begin",
     "candidates",
+    "claimed",
     "commit",
     "discard",
     "iteration_directory",
@@ -69,9 +69,9 @@ logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
+LOCK = "writer.lock"
+
 _FINAL = re.compile(r"iter_([0-9]{7,})|release")
-_TEMPORARY = re.compile(r"(iter_[0-9]{7,}|release)\.(?:tmp|old)-(.+)-([0-9]{1,9})")
-_UNTOUCHED_S = 3600.0  # a writer on another host cannot be asked whether it lives
 
 
 # Names
@@ -108,6 +108,25 @@ def _iteration_of(name: str) -> Iteration | None:
 # Writing
 
 
+@contextlib.contextmanager
+def claimed(root: Path) -> Iterator[None]:
+    """Create `root`, and let no other process that asks write checkpoints there meanwhile.
+
+    Raises:
+        CheckpointError: Another process does.
+        OSError: Nothing can be written there.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(durable.locked(root / LOCK))
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"{root}: another run writes its checkpoints there ({error.strerror})"
+            ) from None
+        yield
+
+
 def begin(root: Path, iteration: Iteration) -> Path:
     """Create and return the temporary directory of a new checkpoint.
 
@@ -119,8 +138,8 @@ def begin(root: Path, iteration: Iteration) -> Path:
     for path in root.iterdir():
         if _is_left_over(path, rewritten=name):
             logger.info("removing %s, left over by an interrupted writer", path)
-            shutil.rmtree(path, ignore_errors=True)
-    temporary = root / f"{name}.tmp-{_writer()}"
+            _remove(path)
+    temporary = durable.temporary_path(root / name)
     temporary.mkdir()
     return temporary
 
@@ -143,8 +162,7 @@ def commit(temporary: Path, files: Iterable[FileEntry], **metadata: Any) -> Path
     iteration = _iteration_of(final.name)
     assert iteration is not None
     write_manifest(temporary, iteration, files, metadata)
-    aside = final.with_name(f"{final.name}.old-{_writer()}")
-    replaced = durable.publish(temporary, final, aside=aside)
+    replaced = durable.publish(temporary, final)
     durable.write(final.with_name(TRACKER), str(iteration).encode())
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
@@ -160,17 +178,19 @@ def discard(temporary: Path) -> None:
 def prune(root: Path, keep: int) -> list[Path]:
     """Remove the oldest iterations of `root`, keeping the newest `keep`; return those removed.
 
-    The tracker's target and "release" always stay, and only whole checkpoints count as kept.
+    The tracker's target and "release" always stay. What is newer than the target stays, too, but
+    does not count as kept, for the run has passed it over; nor does a checkpoint with torn files.
     """
     if keep < 1:
         raise ValueError(f"at least 1 checkpoint has to stay, not {keep}")
     iterations = [path for path in sorted(_checkpoints(root), key=_step) if path.name != "release"]
-    whole = [path for path in iterations if _is_whole(path)]
     tracked = _tracked(root)
+    passed_over = iterations[iterations.index(tracked) + 1 :] if tracked in iterations else []
+    whole = [path for path in iterations if path not in passed_over and _is_whole(path)]
     removed = []
     for path in iterations[: iterations.index(whole[-keep])] if len(whole) > keep else []:
         if path != tracked:
-            nameless = path.with_name(f"{path.name}.old-{_writer()}")
+            nameless = durable.temporary_path(path, kind="old")
             path.rename(nameless)  # a kill during the removal leaves nothing that looks complete
             shutil.rmtree(nameless)
             removed.append(path)
@@ -178,10 +198,10 @@ def prune(root: Path, keep: int) -> list[Path]:
 
 
 def _final_name(temporary: Path) -> str:
-    match = _TEMPORARY.fullmatch(temporary.name)
-    if match is None:
+    made = durable.temporary(temporary)
+    if made is None or not _FINAL.fullmatch(made.name):
         raise CheckpointError(f"{temporary} is not a directory made by begin()")
-    return match[1]
+    return made.name
 
 
 # Reading
@@ -197,13 +217,20 @@ def candidates(root: Path) -> list[Path]:
     return found if tracked is None else [tracked, *(path for path in found if path != tracked)]
 
 
-def latest(root: Path, on_skip: Callable[[Path, str], None], *, hashes: bool = True) -> Path | None:
+def latest(
+    root: Path,
+    on_skip: Callable[[Path, str], None],
+    *,
+    hashes: bool = True,
+    check_unlisted: Callable[[Path], None] = lambda _: None,
+) -> Path | None:
     """Return the first of `candidates` that verifies, or None.
 
     Args:
         root: Directory of checkpoints.
         on_skip: Called with each path passed over and why: a damaged checkpoint or tracker.
         hashes: Read every file, rather than look at sizes only.
+        check_unlisted: Called with a checkpoint that has no manifest; CheckpointError skips it.
     """
     try:
         read_tracker(root)
@@ -212,6 +239,7 @@ def latest(root: Path, on_skip: Callable[[Path, str], None], *, hashes: bool = T
     for path in candidates(root):
         try:
             if not verify(path, hashes=hashes):
+                check_unlisted(path)
                 logger.warning("%s has no %s: its content is not verified", path, MANIFEST)
             return path
         except (CheckpointError, OSError) as error:
@@ -268,39 +296,18 @@ def _is_whole(path: Path) -> bool:
 # Left-overs
 
 
-def _writer() -> str:
-    return f"{_host()}-{os.getpid()}"
-
-
-def _host() -> str:
-    return re.sub(r"[^\w.-]", "_", socket.gethostname()) or "localhost"
-
-
 def _is_left_over(path: Path, *, rewritten: str) -> bool:
     """Tell whether `path` is of a dead writer, or ours under the name `rewritten`."""
-    match = _TEMPORARY.fullmatch(path.name)
-    if match is None:
+    made = durable.temporary(path)
+    if made is None or not (made.name == TRACKER or _FINAL.fullmatch(made.name)):
         return False
-    name, host, pid = match[1], match[2], int(match[3])
-    if host != _host():
-        return _last_touched(path) < time.time() - _UNTOUCHED_S
-    if pid == os.getpid():
-        return name == rewritten
-    return not _is_alive(pid)
+    if made.is_ours:
+        return made.name == rewritten
+    return durable.is_left_over(path)
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _last_touched(path: Path) -> float:
-    try:
-        return max(part.stat().st_mtime for part in (path, *path.rglob("*")))
-    except FileNotFoundError:
-        return time.time()  # somebody is at work there
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

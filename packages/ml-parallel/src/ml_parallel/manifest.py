@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +100,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def verify(directory: Path, *, hashes: bool = True) -> bool:
+def verify(directory: Path, *, hashes: bool = True, only: str | None = None) -> bool:
     """Check that a checkpoint is whole; return whether it has a manifest.
 
     A directory without one (written by Megatron-LM or a converter) can only be checked for model
@@ -108,7 +108,8 @@ def verify(directory: Path, *, hashes: bool = True) -> bool:
 
     Args:
         directory: One iteration's directory.
-        hashes: Read every file, rather than look at sizes only.
+        hashes: Read the files, rather than look at sizes only.
+        only: Read those of this name only, such as `MODEL_FILE`.
 
     Raises:
         CheckpointError: A file is missing, torn or changed; the message names it.
@@ -122,7 +123,7 @@ def verify(directory: Path, *, hashes: bool = True) -> bool:
     for entry in manifest.files:
         _check_size(entry)
     if hashes:
-        _check_hashes(manifest.files)
+        _check_hashes([file for file in manifest.files if only in (None, file.path.name)])
     return True
 
 
@@ -134,7 +135,7 @@ def _check_size(entry: FileEntry) -> None:
         raise CheckpointError(f"{entry.path} is torn: {size} bytes instead of {entry.size}")
 
 
-def _check_hashes(files: tuple[FileEntry, ...]) -> None:
+def _check_hashes(files: Sequence[FileEntry]) -> None:
     with ThreadPoolExecutor(max_workers=8) as pool:  # hashing and reading release the GIL
         digests = pool.map(_sha256, [entry.path for entry in files])
         for entry, digest in zip(files, digests, strict=True):

@@ -71,23 +71,31 @@ def distribute(
 def build_optimizer(
     chunks: Sequence[DistributedDataParallel], config: OptimizerConfig
 ) -> MegatronOptimizer:
-    """Build Adam over the chunks, with its state allocated.
+    """Build Adam over the chunks, with its state allocated; only matrices have weight decay.
 
     The state exists from the start, so that a checkpoint written before the first step is whole.
     """
     optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
     for inner in _inner_optimizers(optimizer):
-        if not isinstance(inner.optimizer, torch.optim.AdamW | torch.optim.Adam):
-            continue  # Apex's and Transformer Engine's allocate their own
-        for group in inner.optimizer.param_groups:
-            # One fused pass over memory; torch does not choose it by itself on a CPU.
-            group["fused"], group["foreach"] = True, False
-            for main in group["params"]:
-                inner.optimizer.state[main] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=main.device),
-                    **{name: torch.zeros_like(main) for name in STATES},
-                }
+        for group in inner.param_groups:
+            # megatron-core marks norms and biases with wd_mult 0, and leaves it to the step() of
+            # its scheduler to heed that. Ours (ml_train.schedule) is only asked for rates.
+            group["weight_decay"] = config.weight_decay * group["wd_mult"]
+        # Apex's and Transformer Engine's allocate their own state.
+        if isinstance(inner.optimizer, torch.optim.AdamW | torch.optim.Adam):
+            _allocate_state(inner.optimizer)
     return optimizer
+
+
+def _allocate_state(adam: torch.optim.Optimizer) -> None:
+    for group in adam.param_groups:
+        # One fused pass over memory; torch does not choose it by itself on a CPU.
+        group["fused"], group["foreach"] = True, False
+        for main in group["params"]:
+            adam.state[main] = {
+                "step": torch.zeros((), dtype=torch.float32, device=main.device),
+                **{name: torch.zeros_like(main) for name in STATES},
+            }
 
 
 def optimizer_shards(optimizer: MegatronOptimizer) -> Iterator[OptimizerShard]:

@@ -16,7 +16,7 @@ from ml_parallel.optimizer import build_optimizer, distribute
 from ml_parallel.stages import stage_layers
 from ml_train.config import PretrainConfig, embedding_rows
 from ml_train.state import TrainingState
-from ml_train.step import BatchShape, prepare_config
+from ml_train.step import BatchShape, prepare_config, seed_step
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,9 @@ def build(config: PretrainConfig) -> Built:
     optimizer = build_optimizer(wrapped, _optimizer_config(config, dtype))
     shape, batch = _batch_shape(config, place)
     prepare_config(engine, optimizer, wrapped, shape)
+    # With --sequence-parallel megatron-core wants a random state even where nothing is random, as
+    # in an evaluation that comes before the first step.
+    seed_step(training.seed, 0, place)
     state = TrainingState(
         arch=arch,
         topology=topology,

@@ -11,26 +11,59 @@ needs another one to save, and any rank can find what it needs to load (`ml_trai
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from ml_models import registry
 from ml_models.flags import UsageError
-from ml_parallel import checkpoint
-from ml_parallel.checkpoint import MODEL_FILE, CheckpointError, FileEntry
+from ml_parallel import checkpoint, durable
+from ml_parallel.checkpoint import MANIFEST, MODEL_FILE, CheckpointError, FileEntry
 from ml_parallel.optimizer import STATES, optimizer_shards
-from ml_train.restore import restore
-from ml_train.state import MAIN, Progress, TrainingState, shard_file
+from ml_train.config import CheckpointConfig
+from ml_train.restore import is_ours, restore
+from ml_train.state import MAIN, OURS, Progress, TrainingState, shard_file
 from ml_train.step import parameters_in_place
+from ml_train.together import on_every_rank, on_rank_0
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def claimed(root: Path | None) -> Iterator[None]:
+    """Make sure that this run can write to `--save`, and that no other one does meanwhile.
+
+    Every rank must call this, with None where nothing is saved.
+
+    Raises:
+        UsageError: Another run writes there, or nobody can.
+    """
+    with contextlib.ExitStack() as held:
+        if root is not None:
+            on_rank_0(lambda: _claim(root, held))
+        yield
+
+
+def _claim(root: Path, held: contextlib.ExitStack) -> None:
+    try:
+        held.enter_context(checkpoint.claimed(root))
+    except CheckpointError as error:
+        raise UsageError(f"--save {error}; name another directory") from None
+    except OSError as error:
+        raise UsageError(
+            f"--save {root}: cannot be written to ({error.strerror}: {error.filename}); name "
+            "another directory"
+        ) from None
 
 
 def save(root: Path, state: TrainingState, progress: Progress, *, keep: int | None) -> Path:
@@ -43,12 +76,13 @@ def save(root: Path, state: TrainingState, progress: Progress, *, keep: int | No
         OSError: A rank could not write; what was the latest checkpoint still is.
     """
     leader = torch.distributed.get_rank() == 0
-    begun = _together(lambda: checkpoint.begin(root, progress.iteration) if leader else None)
-    temporary = next(path for path in begun if path is not None)
+    temporary = on_rank_0(lambda: _writing(lambda: checkpoint.begin(root, progress.iteration)))
     try:
         with parameters_in_place(state.wrapped):
-            written = _together(lambda: _write_files(temporary, state, progress))
-        done = _together(lambda: _commit(temporary, written, state, progress) if leader else None)
+            written = on_every_rank(
+                lambda: _writing(lambda: _write_files(temporary, state, progress))
+            )
+        final = on_rank_0(lambda: _writing(lambda: _commit(temporary, written, state, progress)))
     except OSError:
         if leader:
             checkpoint.discard(temporary)
@@ -58,14 +92,55 @@ def save(root: Path, state: TrainingState, progress: Progress, *, keep: int | No
             checkpoint.prune(root, keep)
         except OSError as error:
             logger.warning("cannot remove old checkpoints of %s: %s", root, error)
-    return next(path for path in done if path is not None)
+    return final
 
 
-def load(root: Path, state: TrainingState) -> Progress | None:
+def resume(config: CheckpointConfig, state: TrainingState) -> Progress | None:
+    """Bring the model and the optimizer to where the run begins or continues; on every rank.
+
+    Returns:
+        How far the run had come, or None if it begins with nothing.
+
+    Raises:
+        UsageError: As `load`.
+    """
+    root = on_rank_0(lambda: config.source)  # one answer, though file systems may lag
+    if root is None:
+        return None
+    if root != config.load:
+        _say("--save %s holds checkpoints: continuing from them, not from --load", root)
+        return load(root, state)
+    found = load(
+        root,
+        state,
+        iteration=config.ckpt_step,
+        optimizer=config.load_optim and not config.finetune,
+        progress=not config.finetune,
+    )
+    if found is None:
+        _say("--load %s holds no checkpoint yet: starting anew", root)
+    return found
+
+
+def load(
+    root: Path,
+    state: TrainingState,
+    *,
+    iteration: int | None = None,
+    optimizer: bool = True,
+    progress: bool = True,
+) -> Progress | None:
     """Read the newest sound checkpoint below `root` into the model and the optimizer.
 
     Damaged checkpoints are reported and skipped. The parallel layout may differ from the one that
     wrote it. Every rank must call this.
+
+    Args:
+        root: Directory of checkpoints.
+        state: What to fill.
+        iteration: Read this checkpoint, and no other.
+        optimizer: As `ml_train.restore.restore` has it.
+        progress: Likewise.
 
     Returns:
         How far the run had come, or None when there is no checkpoint at all.
@@ -73,42 +148,59 @@ def load(root: Path, state: TrainingState) -> Progress | None:
     Raises:
         UsageError: The checkpoint is of another model, or all of them are damaged.
     """
-    skipped: list[str] = []
-
-    def find() -> Path | None:
-        return checkpoint.latest(root, lambda path, why: skipped.append(f"{path}: {why}"))
-
-    leader = torch.distributed.get_rank() == 0
-    found: list[Any] = [(find(), skipped) if leader else None]
-    torch.distributed.broadcast_object_list(found, src=0)
-    directory, skipped = found[0]
-    if leader:
-        for line in skipped:
-            logger.warning("skipped a damaged checkpoint: %s", line)
+    directory, skipped = on_rank_0(lambda: _find(root, iteration))
     if directory is None:
         if skipped:
-            raise UsageError(f"--load {root}: no checkpoint is intact; {'; '.join(skipped)}")
+            raise UsageError(f"{root}: no checkpoint is intact; {'; '.join(skipped)}")
         return None
-    return restore(directory, state)
+    for line in skipped:
+        _say("skipped a damaged checkpoint: %s", line)
+    done = on_every_rank(lambda: restore(directory, state, optimizer=optimizer, progress=progress))
+    return done[0]
+
+
+def _find(root: Path, iteration: int | None) -> tuple[Path | None, list[str]]:
+    """Return the checkpoint to read, and what is wrong with those passed over."""
+    skipped: list[str] = []
+    if iteration is None:
+        found = checkpoint.latest(
+            root,
+            lambda path, why: skipped.append(f"{path}: {why}"),
+            check_unlisted=_check_unlisted,
+        )
+        return found, skipped
+    path = root / checkpoint.iteration_directory(iteration)
+    try:
+        if not checkpoint.verify(path):
+            _check_unlisted(path)
+    except CheckpointError as error:
+        raise UsageError(f"--ckpt-step {iteration}: {error}") from None
+    return path, skipped
+
+
+def _check_unlisted(path: Path) -> None:
+    if is_ours(path):
+        raise CheckpointError(f"{path / MANIFEST} is missing")
+
+
+def _say(text: str, *values: object) -> None:
+    if torch.distributed.get_rank() == 0:
+        logger.warning(text, *values)
 
 
 # Writing
 
 
-def _together(work: Callable[[], Any]) -> list[Any]:
-    """Run `work` on every rank and return all results; raise on every rank if one could not."""
+def _writing(work: Callable[[], T]) -> T:
+    """Return what `work` returns; let what it raises say what for, and on which rank."""
     try:
-        outcome: tuple[Any, str | None] = (work(), None)
-    except OSError as error:
-        outcome = (None, f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
-    except CheckpointError as error:
-        outcome = (None, str(error))
-    outcomes: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(outcomes, outcome)
-    for rank, (_, failure) in enumerate(outcomes):
-        if failure is not None:
-            raise OSError(errno.EIO, f"cannot write the checkpoint (rank {rank}): {failure}")
-    return [result for result, _ in outcomes]
+        return work()
+    except (OSError, CheckpointError) as error:
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = ": ".join(str(part) for part in (error.strerror, error.filename) if part)
+        rank = torch.distributed.get_rank()
+        raise OSError(errno.EIO, f"cannot write the checkpoint (rank {rank}): {reason}") from error
 
 
 def _write_files(temporary: Path, state: TrainingState, progress: Progress) -> list[FileEntry]:
@@ -127,7 +219,7 @@ def _write_files(temporary: Path, state: TrainingState, progress: Progress) -> l
 
 def _write(path: Path, content: object) -> FileEntry:
     try:
-        with path.open("wb") as file:
+        with durable.naming(path), path.open("wb") as file:
             torch.save(content, file)
     except RuntimeError as error:
         # torch's zip writer reports a failed write without its cause.
@@ -176,6 +268,7 @@ def _model_state(state: TrainingState, progress: Progress) -> dict[str, Any]:
 
 
 def _args(state: TrainingState, progress: Progress) -> argparse.Namespace:
+    family = registry.family_of(state.arch)
     return argparse.Namespace(
         **dataclasses.asdict(state.arch),
         **dataclasses.asdict(state.topology),
@@ -183,13 +276,14 @@ def _args(state: TrainingState, progress: Progress) -> argparse.Namespace:
         params_dtype=state.params_dtype,
         bf16=state.params_dtype == "bfloat16",
         fp16=state.params_dtype == "float16",
-        model_family="llama",
+        model_family=family.name if family else None,
         global_batch_size=state.global_batch_size,
         iteration=progress.iteration,
         consumed_train_samples=progress.consumed_samples,
         skipped_train_samples=0,
         skipped_iterations=progress.skipped_iterations,
         nan_iterations=progress.nan_iterations,
+        **{OURS: version("ml-train")},
     )
 
 

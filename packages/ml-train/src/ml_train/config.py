@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ml_data.sidecar import CorpusInfo
-from ml_data.tokenizer import load_tokenizer
+from ml_data.tokenizer import TokenizerType, load_tokenizer
 from ml_kernels.device import DeviceChoice
 from ml_models.architecture import Architecture
 from ml_models.dropout import Dropout
 from ml_models.flags import UsageError
 from ml_models.weights import check_tensor_parallel, padded_vocab_size
-from ml_parallel.checkpoint import CheckpointError, candidates, read_manifest
+from ml_parallel.checkpoint import (
+    CheckpointError,
+    candidates,
+    iteration_directory,
+    read_manifest,
+)
 from ml_parallel.stages import stage_layers
 from ml_parallel.topology import Topology
 from ml_train.launch import LaunchConfig
-from ml_train.settings import DataConfig, LearningRate, LogConfig
+from ml_train.settings import DataConfig, IgnoredFlags, LearningRate, LogConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +126,12 @@ class Adam:
 class Vocabulary:
     """Vocabulary."""
 
-    tokenizer_name_or_path: Path | None = None
+    tokenizer_name_or_path: Path | None = field(
+        default=None, metadata={"aliases": ("--tokenizer-model",)}
+    )
     """Tokenizer the data was made with; only its size is looked at. Default: what the data says."""
+    tokenizer_type: TokenizerType | None = None
+    """How to read it; by default what is there decides."""
     make_vocab_size_divisible_by: int = 128
     """The embedding table is padded to a multiple of this times the tensor-parallel size."""
     padded_vocab_size: int | None = None
@@ -139,7 +148,14 @@ class CheckpointConfig:
     save: Path | None = None
     """Directory to write checkpoints to."""
     load: Path | None = None
-    """Directory to resume from, if it holds a checkpoint; often the same as --save."""
+    """Directory to resume from, if it holds a checkpoint; often the same as --save. If it is
+    another one, the run begins there, and continues from --save once that holds a checkpoint."""
+    ckpt_step: int | None = None
+    """Which step of --load to read; default the latest."""
+    finetune: bool = False
+    """Take the weights of --load only, and begin at step 0."""
+    load_optim: bool = True
+    """Take the optimizer's state from --load, too; --no-load-optim begins with an empty one."""
     save_interval: int | None = None
     """Steps between two checkpoints; the last step and an interrupted run always save."""
     keep_last: int | None = None
@@ -151,6 +167,57 @@ class CheckpointConfig:
                 _at_least(1, name, getattr(self, name))
                 if self.save is None:
                     raise ValueError(f"{flag(name)} needs --save, the directory to write to")
+        self._check_directories()
+        self._check_choice()
+
+    @property
+    def source(self) -> Path | None:
+        """Where the run continues: its own checkpoints if there are any, else --load."""
+        apart = self.load is not None and not self._loads_its_own
+        return self.save if apart and self.save and candidates(self.save) else self.load
+
+    @property
+    def _loads_its_own(self) -> bool:
+        return bool(self.load and self.save and self.load.resolve() == self.save.resolve())
+
+    def _check_directories(self) -> None:
+        for name, path in (("save", self.save), ("load", self.load)):
+            if path is not None and path.exists() and not path.is_dir():
+                raise ValueError(f"--{name} {path}: is not a directory")
+        source = self.source
+        if source is not None and not self._loads_its_own and not candidates(source):
+            raise ValueError(f"--load {source}: holds no checkpoint")
+        if self.save is not None and self.load is None and candidates(self.save):
+            raise ValueError(
+                f"--save {self.save}: holds the checkpoints of a run; continue it with "
+                f"--load {self.save}, or name another directory"
+            )
+
+    def _check_step(self) -> None:
+        if self.ckpt_step is None or self.load is None or self.source != self.load:
+            return
+        _at_least(0, "ckpt_step", self.ckpt_step)
+        names = [path.name for path in candidates(self.load)]
+        if iteration_directory(self.ckpt_step) not in names:
+            raise ValueError(
+                f"--ckpt-step {self.ckpt_step}: --load {self.load} holds "
+                f"{', '.join(sorted(names)) or 'no checkpoint'}"
+            )
+
+    def _check_choice(self) -> None:
+        for name, given in (
+            ("--ckpt-step", self.ckpt_step is not None),
+            ("--finetune", self.finetune),
+            ("--no-load-optim", not self.load_optim),
+        ):
+            if given and self.load is None:
+                raise ValueError(f"{name} needs --load, the checkpoints to read")
+        self._check_step()
+        if self.finetune and self._loads_its_own:
+            raise ValueError(
+                f"--finetune begins a new run from --load {self.load}: --save must name another "
+                "directory"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,12 +235,12 @@ class PretrainConfig:
     checkpoint: CheckpointConfig
     log: LogConfig
     launch: LaunchConfig
+    ignored: IgnoredFlags = field(default_factory=IgnoredFlags)
 
     def __post_init__(self) -> None:
         _check_supported(self)
         _check_sequence(self)
         _check_evaluation(self)
-        _check_directories(self.checkpoint)
         self.learning_rate.check(self.training.train_iters)
         check_tensor_parallel(self.model, self.parallel.tensor_model_parallel_size)
         stage_layers(self.model.num_layers, self.parallel)
@@ -194,7 +261,7 @@ def check_world(config: PretrainConfig, world_size: int) -> PretrainConfig:
     training = config.training
     dp_size = config.parallel.data_parallel_size(world_size)
     step = training.micro_batch_size * dp_size
-    batch = training.global_batch_size or _saved_batch(config.checkpoint.load) or step
+    batch = training.global_batch_size or _saved_batch(config.checkpoint.source) or step
     if batch % step:
         below = max(step, batch // step * step)
         raise UsageError(
@@ -223,7 +290,9 @@ def with_vocabulary(config: PretrainConfig, corpus: CorpusInfo | None) -> Pretra
         sizes["the data's tokenizer"] = corpus.vocab_size
     path = config.vocabulary.tokenizer_name_or_path
     if path is not None:
-        sizes[f"--tokenizer-name-or-path {path}"] = load_tokenizer(path).vocab_size
+        sizes[f"--tokenizer-name-or-path {path}"] = load_tokenizer(
+            path, config.vocabulary.tokenizer_type
+        ).vocab_size
     wanted = config.model.vocab_size or max(sizes.values(), default=0)
     if not wanted:
         raise UsageError(
@@ -295,20 +364,6 @@ def _check_evaluation(config: PretrainConfig) -> None:
         raise ValueError(
             f"--eval-iters {config.training.eval_iters}: there is no validation data; give --split "
             "a second share, or --valid-data-path"
-        )
-
-
-def _check_directories(config: CheckpointConfig) -> None:
-    save, load = config.save, config.load
-    for name, path in (("save", save), ("load", load)):
-        if path is not None and path.exists() and not path.is_dir():
-            raise ValueError(f"--{name} {path}: is not a directory")
-    if load is not None and load != save and not candidates(load):
-        raise ValueError(f"--load {load}: holds no checkpoint")
-    if save is not None and load is None and candidates(save):
-        raise ValueError(
-            f"--save {save}: holds the checkpoints of a run; continue it with --load {save}, or "
-            "name another directory"
         )
 
 

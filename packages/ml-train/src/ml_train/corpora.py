@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,15 @@ class Corpus:
         return hashlib.sha256(np.ascontiguousarray(self.lengths).data).hexdigest()
 
 
+class Description(NamedTuple):
+    """What is known of a corpus that was not read."""
+
+    prefix: str
+    """Absolute."""
+    info: CorpusInfo | None
+    """What is known of the tokens."""
+
+
 def absolute(prefix: str) -> str:
     """Return the prefix as it is from every directory."""
     return str(Path(prefix).expanduser().absolute())
@@ -57,7 +67,16 @@ def read_corpora(config: DataConfig) -> tuple[Corpus, ...]:
     return tuple(map(_read, map(absolute, config.prefixes)))
 
 
-def common_tokenizer(corpora: Iterable[Corpus]) -> CorpusInfo | None:
+def read_descriptions(config: DataConfig) -> tuple[Description, ...]:
+    """Read what is known of the corpora of a run, where another process reads the corpora.
+
+    Raises:
+        UsageError: A corpus is missing, or its description damaged.
+    """
+    return tuple(map(_describe, map(absolute, config.prefixes)))
+
+
+def common_tokenizer(corpora: Iterable[Corpus | Description]) -> CorpusInfo | None:
     """Return the description of a corpus, for its tokenizer, which all corpora must share.
 
     Corpora without a description are taken to agree; None if there is no other.
@@ -105,6 +124,12 @@ def check_splits(
         if blend and bounds and wanted:
             for prefix in blend.prefixes:
                 _check_split(config, by_prefix[absolute(prefix)], name, bounds, seq_length)
+
+
+def _describe(prefix: str) -> Description:
+    if not Path(f"{prefix}.idx").exists():
+        _read(prefix)  # says what is wrong
+    return Description(prefix, read_sidecar(prefix))
 
 
 def _read(prefix: str) -> Corpus:

@@ -15,11 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
@@ -37,8 +37,7 @@ from ml_train.corpora import (
 )
 from ml_train.index_cache import IndexCache, open_cache
 from ml_train.settings import Blend, DataConfig
-
-T = TypeVar("T")
+from ml_train.together import on_rank_0
 
 _BLENDED_SAMPLES = 4096
 """A small blend of many corpora can take a few samples more of one than megatron-core prepares,
@@ -78,7 +77,7 @@ def build_datasets(
         UsageError: A corpus is missing, torn or too short; the same on every rank.
         OSError: The cache cannot be written.
     """
-    plan = _on_rank_0(lambda: _plan(config, seq_length, seed, samples))
+    plan = on_rank_0(lambda: _plan(config, seq_length, seed, samples))
     if not plan.cache.directory.is_dir():
         raise UsageError(
             f"{plan.cache.directory} is not visible on {socket.gethostname()}: --data-cache-path "
@@ -188,20 +187,6 @@ class _Plan:
     eod: int | None
     blends: tuple[Blend | None, ...]
     bounds: list[tuple[float, float] | None]
-
-
-def _on_rank_0(decide: Callable[[], T]) -> T:
-    """Return to all ranks what rank 0 decides, or raise what it raised."""
-    box: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            box[0] = decide()
-        except (UsageError, OSError) as error:
-            box[0] = error
-    torch.distributed.broadcast_object_list(box, src=0)
-    if isinstance(box[0], Exception):
-        raise box[0]
-    return box[0]
 
 
 def _plan(config: DataConfig, seq_length: int, seed: int, samples: tuple[int, int, int]) -> _Plan:

@@ -90,6 +90,14 @@ def read_history(path: Path) -> History:
     return History(starts=tuple(starts), steps=tuple(steps), evaluations=tuple(evaluations))
 
 
+def holds_evaluation(path: Path, iteration: int) -> bool:
+    """Tell whether the file of metrics that a run has open has the evaluation after a step."""
+    # Opening it made sure that every line is an entry; most are of steps and need no reading.
+    lines = (line for line in path.read_bytes().splitlines() if b'"evaluation"' in line)
+    entries = [json.loads(line) for line in lines]
+    return any((e["kind"], e["iteration"]) == ("evaluation", iteration) for e in entries)
+
+
 _STEP = tuple(field.name for field in dataclasses.fields(StepMetrics))
 _EVALUATION = tuple(field.name for field in dataclasses.fields(Evaluation))
 _NEEDED = {"run": ("model",), "step": _STEP, "evaluation": _EVALUATION}

@@ -10,9 +10,7 @@ under a temporary name, and renamed when it is complete:
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +71,7 @@ def open_cache(root: Path, key: str) -> IndexCache:
     final = root / key
     if final.is_dir():
         return IndexCache(final, None)
-    directory = root / f"{key}.tmp-{socket.gethostname()}-{os.getpid()}"
+    directory = durable.temporary_path(final)
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_left_overs(root)
@@ -87,17 +85,7 @@ def open_cache(root: Path, key: str) -> IndexCache:
 
 
 def _remove_left_overs(root: Path) -> None:
-    for path in root.glob(f"*.tmp-{socket.gethostname()}-*"):
-        process = int(path.name.rpartition("-")[2])
-        if process == os.getpid() or not _lives(process):
+    for path in root.iterdir():
+        made = durable.temporary(path)
+        if made and (made.is_ours or durable.is_left_over(path)):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of another user
-        pass
-    return True

@@ -7,6 +7,7 @@ MASTER_ADDR, ...), as torchrun would. It lives without torch, and whatever ends 
 | what happens | what follows |
 |---|---|
 | a rank fails | the others may fail by themselves, else are killed; one line says which it was |
+| a rank of another node fails | the same: the launchers tell each other (`ml_train.nodes`) |
 | SIGINT, SIGTERM, SIGHUP | passed on to the ranks once; they finish the step and save |
 | Ctrl-C again | the ranks are killed |
 | the parent is killed | the ranks get SIGTERM, and are killed if that does not end them |
@@ -22,9 +23,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ml_models.flags import UsageError
-from ml_train.ranks import Rank, Signals, guarded, start, stop, supervise
+from ml_train.nodes import Nodes
+from ml_train.ranks import Rank, Signals, guarded, start, stop
+from ml_train.supervise import supervise
 
 _PORT_OF_SEVERAL_NODES = 6000
+_LONGEST_WAIT = 7 * 24 * 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,10 @@ class LaunchConfig:
     master_addr: str | None = None
     """Address of node 0, as the other nodes reach it; needed with several nodes."""
     master_port: int | None = None
-    """Port on which node 0 listens; default 6000, with one node any free one."""
+    """Port on which node 0 listens; default 6000, with one node any free one. With several nodes
+    the launchers use the next one."""
+    rendezvous_timeout_minutes: float = 10.0
+    """How long the ranks wait at the start until all have come."""
 
     def __post_init__(self) -> None:
         if self.nproc_per_node < 1:
@@ -56,6 +63,13 @@ class LaunchConfig:
             raise ValueError(f"--nnodes {self.nnodes}: needs --master-addr, the address of node 0")
         if self.master_port is not None and not 0 < self.master_port < 65536:
             raise ValueError(f"--master-port {self.master_port}: must be from 1 to 65535")
+        if self.nnodes > 1 and self.master_port == 65535:
+            raise ValueError("--master-port 65535: must be at most 65534 with several nodes")
+        if not 0 < self.rendezvous_timeout_minutes <= _LONGEST_WAIT:
+            raise ValueError(
+                f"--rendezvous-timeout-minutes {self.rendezvous_timeout_minutes}: must be more "
+                f"than 0, and at most {_LONGEST_WAIT}"
+            )
 
     @property
     def world_size(self) -> int:
@@ -92,17 +106,17 @@ def launch(
         signal N killed it.
 
     Raises:
-        UsageError: The port is taken.
+        UsageError: The port is taken, or the address of node 0 unknown.
     """
     port = _port(config)
-    with Signals() as signals, guarded(orphan_grace_s) as watch:
+    with Signals() as signals, _nodes(config, port) as nodes, guarded(orphan_grace_s) as watch:
         ranks: list[Rank] = []
         try:
             for local_rank in range(config.nproc_per_node):
                 variables = _rank_environment(config, local_rank, port, environment)
                 ranks.append(start(command, variables))
                 watch(ranks[-1])
-            return supervise(ranks, signals, grace_s)
+            return supervise(ranks, signals, grace_s, nodes, node_rank=config.node_rank)
         finally:
             stop(ranks)
 
@@ -132,23 +146,43 @@ def _cores() -> int:
 
 def _port(config: LaunchConfig) -> int:
     """Return the port where the ranks meet, which on node 0 nobody else may be using."""
-    if config.node_rank > 0:
-        return config.master_port or _PORT_OF_SEVERAL_NODES
     if config.nnodes == 1 and config.master_port is None:
-        return _bind(0)
+        with _listen(0) as server:
+            return int(server.getsockname()[1])
     port = config.master_port or _PORT_OF_SEVERAL_NODES
+    if config.node_rank == 0:
+        _listen(port).close()
+    return port
+
+
+def _nodes(config: LaunchConfig, port: int) -> Nodes:
+    """Return what connects this launcher to the others."""
+    if config.nnodes == 1:
+        return Nodes()
+    assert config.master_addr is not None
     try:
-        return _bind(port)
+        found = socket.getaddrinfo(config.master_addr, port + 1, type=socket.SOCK_STREAM)
     except OSError as error:
         raise UsageError(
-            f"--master-port {port}: cannot be listened on ({error.strerror}); end the program that "
-            f"does (another ml-train?) or choose another port"
+            f"--master-addr {config.master_addr}: is no address known here ({error.strerror}); "
+            f"give the one of node 0"
         ) from error
+    if config.node_rank == 0:
+        return Nodes(server=_listen(port + 1, beside=port))
+    family, _, _, _, address = found[0]
+    return Nodes(address=(family, address))
 
 
-def _bind(port: int) -> int:
-    """Listen on a port for a moment, on every address as torch's store will, and return it."""
+def _listen(port: int, *, beside: int | None = None) -> socket.socket:
+    """Listen on every address, as torch's store will."""
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
-    with socket.create_server(("", port), family=family, dualstack_ipv6=dual) as server:
-        return int(server.getsockname()[1])
+    try:
+        return socket.create_server(("", port), family=family, dualstack_ipv6=dual)
+    except OSError as error:
+        which = f"--master-port {beside or port}: "
+        which += f"port {port}, which the launchers use, " if beside else ""
+        raise UsageError(
+            f"{which}cannot be listened on ({error.strerror}); end the program that does (another "
+            f"ml-train?) or choose another port"
+        ) from error

@@ -7,11 +7,11 @@ weights, the optimizer's state and those counters to continue bit for bit.
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -25,8 +25,7 @@ from ml_train.schedule import set_learning_rate
 from ml_train.signals import StopRequest
 from ml_train.state import Progress
 from ml_train.step import Batch, StepResult, evaluate, parameters_in_place, seed_step, train_step
-
-logger = logging.getLogger(__name__)
+from ml_train.together import on_rank_0
 
 
 class TrainingFailedError(RuntimeError):
@@ -40,6 +39,8 @@ class Trainer:
         self.config = config
         self.device = device
         self.built: Built = build(config)
+        self.saved_in: Path | None = None
+        """Where the checkpoint of the step that was done last is, if it has one."""
         self.progress = self._resume()
         self.datasets = self._open_data()
         self.reporter = self._reporter()
@@ -53,32 +54,25 @@ class Trainer:
             OSError: A checkpoint cannot be written.
         """
         last = self.config.training.train_iters
-        saved = self.progress.iteration
         with self.reporter:
-            while self.progress.iteration < last:
+            stop_now = self._owes_evaluation() and self._evaluate(stop)
+            while self.progress.iteration < last and not stop_now:
                 stop_now = self._step(stop)
-                done = self.progress.iteration
                 if not stop_now and self._is_due(self.config.training.eval_interval):
-                    self._evaluate()
-                if done == last or stop_now or self._is_due(self.config.checkpoint.save_interval):
+                    stop_now = self._evaluate(stop)
+                is_last = self.progress.iteration == last
+                if is_last or stop_now or self._is_due(self.config.checkpoint.save_interval):
                     self._save()
-                    saved = done
-                if stop_now:
-                    self.reporter.note(self._stopped(stop, saved))
-                    return
+            if stop_now:
+                self.reporter.note(self._stopped(stop))
 
     # Setting up
 
     def _resume(self) -> Progress:
-        load = self.config.checkpoint.load
-        if load is None:
-            return Progress()
-        found = checkpoint.load(load, self.built.state)
-        if found is None:
-            if torch.distributed.get_rank() == 0:
-                logger.warning("--load %s holds no checkpoint yet: starting anew", load)
-            return Progress()
-        return found
+        found = checkpoint.resume(self.config.checkpoint, self.built.state)
+        if found is not None:
+            self.saved_in = self.config.checkpoint.source
+        return found or Progress()
 
     def _open_data(self) -> Datasets:
         training = self.config.training
@@ -141,6 +135,7 @@ class Trainer:
             stop_requested=lambda: stop.received is not None,
         )
         self.progress = _advance(self.progress, result, built.global_batch_size)
+        self.saved_in = None
         self.reporter.step(
             self.progress,
             result,
@@ -166,29 +161,46 @@ class Trainer:
     def _is_due(self, interval: int | None) -> bool:
         return interval is not None and self.progress.iteration % interval == 0
 
-    def _evaluate(self) -> None:
+    def _owes_evaluation(self) -> bool:
+        """Tell whether the run was stopped before the evaluation that was due after a step."""
+        if self.progress.iteration == 0 or not self._is_due(self.config.training.eval_interval):
+            return False
+        return not on_rank_0(self.reporter.has_evaluation)
+
+    def _evaluate(self, stop: StopRequest) -> bool:
+        """Evaluate, and return whether to stop; a part of an evaluation is not reported."""
         if self.datasets.valid is None:
-            return
-        losses = []
+            return False
+        losses: list[float] = []
+        stop_now = False
         with parameters_in_place(self.built.chunks):
-            for number in range(self.config.training.eval_iters):
-                consumed = number * self.built.global_batch_size
-                batches = self._batches(self.datasets.valid, consumed)
-                losses.append(evaluate(self.built.chunks, batches, self.built.shape))
-        self.reporter.evaluation(self.progress.iteration, math.fsum(losses) / len(losses))
+            while len(losses) < self.config.training.eval_iters and not stop_now:
+                consumed = len(losses) * self.built.global_batch_size
+                loss, stop_now = evaluate(
+                    self.built.chunks,
+                    self._batches(self.datasets.valid, consumed),
+                    self.built.shape,
+                    stop_requested=lambda: stop.received is not None,
+                )
+                losses.append(loss)
+        if len(losses) == self.config.training.eval_iters:
+            self.reporter.evaluation(self.progress.iteration, math.fsum(losses) / len(losses))
+        return stop_now
 
     def _save(self) -> None:
         config = self.config.checkpoint
         if config.save is None:
             return
         path = checkpoint.save(config.save, self.built.state, self.progress, keep=config.keep_last)
+        self.saved_in = config.save
         self.reporter.note(f"saved checkpoint {path}")
 
-    def _stopped(self, stop: StopRequest, saved: int) -> str:
+    def _stopped(self, stop: StopRequest) -> str:
         cause = stop.received.name if stop.received else "a signal on another rank"
-        save = self.config.checkpoint.save
-        where = f"resume with --load {save}" if save else "nothing was saved: --save is not given"
-        return f"stopped by {cause} after step {saved}; {where}"
+        where = "nothing was saved: --save is not given"
+        if self.saved_in is not None:
+            where = f"resume with --load {self.saved_in}"
+        return f"stopped by {cause} after step {self.progress.iteration}; {where}"
 
 
 def _advance(progress: Progress, result: StepResult, samples: int) -> Progress:

@@ -21,6 +21,7 @@ import torch
 from ml_parallel.platform import Device
 from ml_train.config import PretrainConfig
 from ml_train.display import open_display
+from ml_train.history import holds_evaluation
 from ml_train.log import Log
 from ml_train.metrics_file import MetricsFile
 from ml_train.peak import matmul_peak
@@ -132,6 +133,14 @@ class Reporter:
         for output in self._outputs:
             output.evaluation(iteration, loss)
 
+    def has_evaluation(self) -> bool:
+        """Tell whether the file of metrics has the evaluation after the step resumed from.
+
+        Only the rank that reports knows, while its outputs are open.
+        """
+        path = self._config.log.metrics_path(self._config.checkpoint.save)
+        return path is not None and holds_evaluation(path, self._iteration)
+
     def note(self, text: str) -> None:
         """Show a line of text."""
         if self._log is not None:
@@ -142,7 +151,8 @@ class Reporter:
         log, iteration = self._config.log, self._iteration
         path = log.metrics_path(self._config.checkpoint.save)
         if path is not None:
-            file = MetricsFile(path, iteration=iteration)
+            apart = log.metrics_file is not None  # the one in --save can only be this run's
+            file = MetricsFile(path, iteration=iteration, set_aside=apart)
             yield file
             file.write("run", iteration=iteration, **self._meter.header())
         if log.tensorboard_dir is not None:

@@ -1,7 +1,7 @@
 """The fastest a device multiplies matrices: what a model's FLOP/s are compared with.
 
-Known accelerators have the number of their datasheet, dense and in half precision. Everything else,
-a CPU above all, is measured: the best of a few square matrices, once in a process.
+Known accelerators have the number of their datasheet, dense. Everything else, a CPU above all, is
+measured: the best of a few square matrices, once in a process.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 
-_HALF = (torch.bfloat16, torch.float16)
 _CPU_SIZES = (512, 1024, 2048)
 _DEVICE_SIZES = (2048, 4096, 8192)
 _SECONDS = 0.3
@@ -26,39 +25,47 @@ class _Accelerator(NamedTuple):
     """A regular expression that begins a word of torch's name of the device."""
     half_tflops: float
     """bfloat16 and float16, dense."""
+    single_tflops: float | None
+    """float32, and not TF32, which torch uses only when told to."""
     source: str
+
+    def tflops(self, dtype: torch.dtype) -> float | None:
+        """Return the peak for matrices of this dtype, if the datasheet says it."""
+        if dtype in (torch.bfloat16, torch.float16):
+            return self.half_tflops
+        return self.single_tflops if dtype == torch.float32 else None
 
 
 ACCELERATORS = (
-    _Accelerator("B200", 2250.0, "NVIDIA HGX B200 datasheet, 36 PFLOP/s sparse for 8 / 2"),
-    _Accelerator("GH200", 989.4, "NVIDIA GH200 datasheet, 1,979 sparse / 2"),
-    _Accelerator("H200 NVL", 835.5, "NVIDIA H200 datasheet, 1,671 sparse / 2"),
-    _Accelerator("H200", 989.4, "NVIDIA H200 datasheet, 1,979 sparse / 2"),
-    _Accelerator("H100 NVL", 835.5, "NVIDIA H100 NVL datasheet, 1,671 sparse / 2"),
-    _Accelerator("H100 PCIe", 756.0, "NVIDIA H100 PCIe datasheet, 1,513 sparse / 2"),
-    _Accelerator("H[18]00", 989.4, "NVIDIA H100 SXM datasheet, 1,979 sparse / 2"),
-    _Accelerator("A[18]00", 312.0, "NVIDIA A100 datasheet"),
-    _Accelerator("L40S", 362.0, "NVIDIA L40S datasheet"),
+    _Accelerator("B200", 2250.0, 75.0, "NVIDIA HGX B200 datasheet, 36 PFLOP/s sparse for 8 / 2"),
+    _Accelerator("GH200", 989.4, 67.0, "NVIDIA GH200 datasheet, 1,979 sparse / 2"),
+    _Accelerator("H200 NVL", 835.5, 60.0, "NVIDIA H200 datasheet, 1,671 sparse / 2"),
+    _Accelerator("H200", 989.4, 67.0, "NVIDIA H200 datasheet, 1,979 sparse / 2"),
+    _Accelerator("H100 NVL", 835.5, 60.0, "NVIDIA H100 NVL datasheet, 1,671 sparse / 2"),
+    _Accelerator("H100 PCIe", 756.0, 51.0, "NVIDIA H100 PCIe datasheet, 1,513 sparse / 2"),
+    _Accelerator("H[18]00", 989.4, 67.0, "NVIDIA H100 SXM datasheet, 1,979 sparse / 2"),
+    _Accelerator("A[18]00", 312.0, 19.5, "NVIDIA A100 datasheet"),
+    _Accelerator("L40S", 362.0, 91.6, "NVIDIA L40S datasheet"),
     # No datasheet, and the same for all its variants.
-    _Accelerator("Ascend910B", 354.0, "FLOP/s / MFU of the clusters in ModelLink's README"),
+    _Accelerator("Ascend910B", 354.0, None, "FLOP/s / MFU of the clusters in ModelLink's README"),
 )
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Return the TFLOP/s of one device; of a CPU, with this process's number of threads."""
-    if device.type != "cpu" and dtype in _HALF:
+    if device.type != "cpu":
         name = str(torch.get_device_module(device).get_device_name(device))
-        known = datasheet(name)
+        known = datasheet(name, dtype)
         if known is not None:
             return known
     return _measure(device, dtype, torch.get_num_threads())
 
 
-def datasheet(device_name: str) -> float | None:
-    """Return the half-precision TFLOP/s of an accelerator by torch's name of it, if known."""
+def datasheet(device_name: str, dtype: torch.dtype) -> float | None:
+    """Return the TFLOP/s of an accelerator by torch's name of it, if known."""
     for accelerator in ACCELERATORS:
         if re.search(rf"\b{accelerator.name}", device_name):
-            return accelerator.half_tflops
+            return accelerator.tflops(dtype)
     return None
 
 

@@ -10,51 +10,117 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ml_models.flags import UsageError, parse
 from ml_train.config import PretrainConfig, check_world, with_vocabulary
-from ml_train.corpora import common_tokenizer, read_corpora
+from ml_train.corpora import common_tokenizer, read_corpora, read_descriptions
 from ml_train.launch import launch, under_launcher
+from ml_train.signals import StopRequest
+
+if TYPE_CHECKING:
+    from ml_parallel.platform import Device
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str], prog: str) -> int:
     """Run `ml-train pretrain` with these flags and return its exit code."""
+    with StopRequest() as stop:
+        try:
+            return _run(argv, prog, stop)
+        except KeyboardInterrupt:
+            if stop.received is None or stop.deferred:
+                raise
+            return _stopped(stop)
+
+
+def _run(argv: Sequence[str], prog: str, stop: StopRequest) -> int:
     config = parse(PretrainConfig, argv, prog=prog, description="Pre-train a model.")
-    config = with_vocabulary(config, common_tokenizer(read_corpora(config.data)))
+    # An index can be large: one process of a node reads it here, and rank 0 once it needs it.
+    read = read_descriptions if under_launcher() else read_corpora
+    config = with_vocabulary(config, common_tokenizer(read(config.data)))
     if under_launcher():
-        return _train(check_world(config, int(os.environ["WORLD_SIZE"])), prog)
+        return _rank(check_world(config, int(os.environ["WORLD_SIZE"])), prog, stop)
     config = check_world(config, config.launch.world_size)
     if config.launch.world_size == 1:
-        return _train(config, prog)
-    command = [sys.executable, "-m", "ml_train", "pretrain", *argv]
-    return launch(command, config.launch)
+        return _rank(config, prog, stop)
+    # Modules are found where this process finds them, and never in the current directory.
+    where = f"import signal, sys; sys.path[:] = {sys.path!r}"
+    quiet = "signal.signal(signal.SIGINT, signal.SIG_DFL)"  # Ctrl-C meanwhile is no traceback
+    program = f"{where}; {quiet}; from ml_train.cli import main; sys.exit(main())"
+    return launch([sys.executable, "-c", program, "pretrain", *argv], config.launch)
 
 
-def _train(config: PretrainConfig, prog: str) -> int:
+def _rank(config: PretrainConfig, prog: str, stop: StopRequest) -> int:
+    """Be one rank of the run."""
     from ml_parallel import platform
-    from ml_train.signals import StopRequest
+    from ml_train.peers import is_lost, say_lost, wants_traceback
 
     logging.basicConfig(level=logging.WARNING, format=f"{prog}: %(message)s")
+    if config.ignored.given and os.environ.get("RANK", "0") == "0":
+        logger.warning("ignored, as it has no meaning here: %s", ", ".join(config.ignored.given))
     try:
         device = platform.activate(config.training.device)
+        with stop.suspended():  # torch waits for the other ranks without looking at signals
+            platform.initialize_process_group(
+                device,
+                timeout_minutes=config.training.distributed_timeout_minutes,
+                join_minutes=config.launch.rendezvous_timeout_minutes,
+            )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    platform.initialize_process_group(
-        device, timeout_minutes=config.training.distributed_timeout_minutes
-    )
+    try:
+        return _train(config, device, prog, stop)
+    except RuntimeError as error:
+        if wants_traceback() or not is_lost(error):
+            raise
+        lost = error
+    if stop.received is not None and not stop.began:
+        return 0  # the others were asked to stop as well, and one of them says so
+    with stop.suspended():
+        return say_lost(lost, prog)
+
+
+def _train(config: PretrainConfig, device: Device, prog: str, stop: StopRequest) -> int:
     import torch
 
+    from ml_train.checkpoint import claimed
     from ml_train.loop import Trainer, TrainingFailedError
 
     try:
-        trainer = Trainer(config, device)
-        # Until here a signal ends the process at once: there is nothing to save.
-        with StopRequest() as stop:
+        with claimed(config.checkpoint.save):
+            trainer = Trainer(config, device)
+            if not _all_begin(stop, device):
+                return _stopped(stop)
             trainer.run(stop)
     except TrainingFailedError as error:
-        if torch.distributed.get_rank() == 0:
+        if _speaks():
             sys.stderr.write(f"{prog}: {error}\n")
         return 1
     finally:
         torch.distributed.destroy_process_group()
     return 0
+
+
+def _all_begin(stop: StopRequest, device: Device) -> bool:
+    """Tell, on every rank alike, whether to begin: no rank has been asked to stop so far."""
+    import torch
+
+    stop.defer()
+    asked = torch.tensor(float(stop.received is not None), device=device.torch)
+    torch.distributed.all_reduce(asked)
+    stop.began = not bool(asked)
+    return stop.began
+
+
+def _stopped(stop: StopRequest) -> int:
+    if _speaks():
+        cause = stop.received.name if stop.received else "a signal on another rank"
+        sys.stdout.write(f"stopped by {cause} before the first step\n")
+    return 0
+
+
+def _speaks() -> bool:
+    """Tell whether this rank says what all know: the first one of each node does."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"

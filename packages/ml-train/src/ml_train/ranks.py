@@ -19,10 +19,13 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-_POLL_S = 0.05
+from ml_train.peers import LOST
+
 _HOLD_S = 2.0
+_HOLD_MESSAGE_S = 30.0  # a rank takes long to end where there are more ranks than cores
+EXPLAINED = (1, 2, LOST)
+"""Exit codes of a rank that has said itself why it ended; see `ml_models.commands`."""
 _AGAIN_S = 0.5  # a wrapper may pass on a Ctrl-C that the terminal has sent here already
-_USAGE = 2  # exit code of a user's mistake, which every rank may have found
 
 
 class Output:
@@ -51,7 +54,7 @@ class Output:
             *lines, self._partial = (self._partial + data).split(b"\n")
             for line in lines:
                 self._take(line)
-        if time.monotonic() > self._since + _HOLD_S:
+        if time.monotonic() > self._since + (_HOLD_MESSAGE_S if self.holds_message else _HOLD_S):
             self.release()
 
     def finish(self) -> None:
@@ -64,6 +67,11 @@ class Output:
     def close(self) -> None:
         """Stop reading."""
         self._source.close()
+
+    @property
+    def holds_message(self) -> bool:
+        """Whether the line held back is a message of ours, rather than the end of a traceback."""
+        return self.held is not None and self.held.startswith(b"ml-train")
 
     def release(self) -> None:
         """Show the line held back."""
@@ -104,10 +112,17 @@ class Rank:
         if not ended:
             return False
         self.code = self.process.returncode
-        if self.code != _USAGE:
-            for output in self.outputs:
+        for output in self.outputs:
+            # A rank that was slow to end after its message may have been killed.
+            spoke = self.explained or self.code == -signal.SIGKILL
+            if not (spoke and output.holds_message):
                 output.release()
         return True
+
+    @property
+    def explained(self) -> bool:
+        """Whether it has said itself why it ended, as others may have."""
+        return self.code in EXPLAINED
 
     def kill(self) -> None:
         """Kill it with every process it has started."""
@@ -118,14 +133,24 @@ class Rank:
     def exit_code(self) -> int:
         """How it ended, as a shell says it: 128 + N if signal N killed it."""
         assert self.code is not None
-        return self.code if self.code >= 0 else 128 - self.code
+        return exit_code(self.code)
 
     def __str__(self) -> str:
-        name = f"rank {self.number} (pid {self.process.pid})"
-        if self.code is None or self.code >= 0:
-            return f"{name} failed with exit code {self.code}"
-        names = {number.value: f" ({number.name})" for number in signal.Signals}
-        return f"{name} was killed by signal {-self.code}{names.get(-self.code, '')}"
+        assert self.code is not None
+        return f"rank {self.number} (pid {self.process.pid}) {how_ended(self.code)}"
+
+
+def exit_code(code: int) -> int:
+    """Return what a shell says of a `Popen.returncode`: 128 + N if signal N killed it."""
+    return code if code >= 0 else 128 - code
+
+
+def how_ended(code: int) -> str:
+    """Say what a `Popen.returncode` means."""
+    if code >= 0:
+        return f"failed with exit code {code}"
+    names = {number.value: f" ({number.name})" for number in signal.Signals}
+    return f"was killed by signal {-code}{names.get(-code, '')}"
 
 
 class Signals:
@@ -217,39 +242,6 @@ def guarded(grace_s: float) -> Iterator[Callable[[Rank], None]]:
         pipe.close()
 
 
-def supervise(ranks: Sequence[Rank], signals: Signals, grace_s: float) -> int:
-    """Wait until every rank has ended, and return the exit code of the job.
-
-    No rank outlives the failure of another by more than `grace_s`: it may be waiting for it.
-    """
-    failed: Rank | None = None
-    killed: Sequence[Rank] = ()
-    forwarded, deadline = False, float("inf")
-    while running := [rank for rank in ranks if rank.code is None]:
-        time.sleep(_POLL_S)
-        if signals.first is not None and not forwarded:
-            forwarded = True
-            for rank in running:
-                rank.process.send_signal(signals.first)
-        if not killed and (signals.kill or time.monotonic() > deadline):
-            killed = running
-            for rank in killed:
-                rank.kill()
-        failures = [rank for rank in running if rank.poll() and rank.code]
-        if failures and failed is None and not killed:
-            failed = min(failures, key=lambda rank: rank.exit_code < 128)  # a signal is the cause
-            deadline = time.monotonic() + grace_s
-    _show_mistakes(ranks)
-    stopped = sum(rank.code == -signal.SIGKILL for rank in killed)
-    if signals.kill and stopped:
-        sys.stderr.write(f"ml-train: interrupted again; killed {_count(stopped)}\n")
-        return 128 + signal.SIGINT
-    if failed is None:
-        return 0
-    _report(failed, ranks, stopped=stopped, asked=signals.first)
-    return failed.exit_code
-
-
 def stop(ranks: Sequence[Rank]) -> None:
     """Kill whatever still runs."""
     for rank in ranks:
@@ -258,33 +250,3 @@ def stop(ranks: Sequence[Rank]) -> None:
         rank.process.wait()
         for output in rank.outputs:
             output.close()
-
-
-def _show_mistakes(ranks: Sequence[Rank]) -> None:
-    """Show the user's mistake that ranks ended with, once if they all say the same."""
-    shown = {b""}
-    if any(rank.code == _USAGE and not rank.outputs for rank in ranks):
-        return  # rank 0 has said it on the terminal
-    for output in (output for rank in ranks for output in rank.outputs):
-        if output.held is not None and output.held not in shown:
-            shown.add(output.held)
-            output.release()
-
-
-def _report(failed: Rank, ranks: Sequence[Rank], *, stopped: int, asked: int | None) -> None:
-    """Say which rank ended the job, unless the user knows already."""
-    ended_as_asked = asked is not None and failed.exit_code == 128 + asked
-    said_it_itself = failed.exit_code == _USAGE or (failed.exit_code < 128 and len(ranks) == 1)
-    if ended_as_asked or (said_it_itself and not stopped):
-        return
-    others = len(ranks) - 1
-    consequence = ""
-    if stopped:
-        consequence = f"; stopped {'the other ' if stopped == others else ''}{_count(stopped)}"
-    elif others and all(rank.code for rank in ranks):
-        consequence = f"; the other {_count(others)} failed with it"
-    sys.stderr.write(f"ml-train: {failed}{consequence}\n")
-
-
-def _count(number: int) -> str:
-    return f"{number} rank{'s' if number > 1 else ''}"

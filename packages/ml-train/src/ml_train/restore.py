@@ -32,27 +32,34 @@ from ml_parallel.checkpoint import MODEL_FILE, rank_directory
 from ml_parallel.optimizer import STATES, OptimizerShard, optimizer_shards
 from ml_parallel.stages import stage_layers
 from ml_parallel.topology import Topology
-from ml_train.state import MAIN, Progress, TrainingState
+from ml_train.state import MAIN, OURS, Progress, TrainingState
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Fragments = list[dict[str, dict[str, Any]]]
 
+_FUSED_NORM = ".layer_norm_"  # of Transformer Engine, which fuses a norm with the layer after it
 
-def restore(directory: Path, state: TrainingState) -> Progress:
+
+def restore(
+    directory: Path, state: TrainingState, *, optimizer: bool = True, progress: bool = True
+) -> Progress:
     """Copy a checkpoint into the model and the optimizer of `state`.
 
     A checkpoint without optimizer shards, as `ml-convert` writes it, gives the weights only: the
     run starts at step 0 from them.
 
+    Args:
+        directory: The checkpoint.
+        state: What to fill.
+        optimizer: Take the optimizer's state, too.
+        progress: Continue after the step it was taken at, rather than start at step 0.
+
     Raises:
-        UsageError: The checkpoint is of another model, or cannot be read.
+        UsageError: The checkpoint is of another model, incomplete, or cannot be read.
     """
-    try:
-        source = _Source(directory)
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"--load {directory}: not a checkpoint of ml-train ({error!r})") from error
+    source = _open(directory)
     _check_same_model(directory, source.arch, state.arch)
     table = {p.name: p for p in parameters(source.arch)}
     shards = {id(shard.parameter): shard for shard in optimizer_shards(state.optimizer)}
@@ -62,8 +69,26 @@ def restore(directory: Path, state: TrainingState) -> Progress:
             # Tied embeddings have one entry, whichever stage keeps a copy as its output layer.
             tied = whole_name == OUTPUT_LAYER and whole_name not in table
             parameter = table[EMBEDDING if tied else whole_name]
-            _restore_parameter(tensor, shards.get(id(tensor)), parameter, source, state)
-    return _restore_run(source, state)
+            shard = shards.get(id(tensor))
+            _restore_parameter(tensor, shard, parameter, source, state, moments=optimizer)
+    return _restore_run(source, state) if progress else Progress()
+
+
+def is_ours(directory: Path) -> bool:
+    """Tell whether a checkpoint was written by ml-train, which never leaves out the manifest."""
+    try:
+        return bool(getattr(_open(directory).common["args"], OURS, None))
+    except UsageError:
+        return False  # `restore` says what is wrong
+
+
+def _open(directory: Path) -> _Source:
+    try:
+        return _Source(directory)
+    except UsageError:
+        raise
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
+        raise UsageError(f"{directory}: not a checkpoint of ml-train ({error!r})") from error
 
 
 @torch.no_grad()
@@ -73,6 +98,8 @@ def _restore_parameter(
     parameter: Parameter,
     source: _Source,
     state: TrainingState,
+    *,
+    moments: bool,
 ) -> None:
     key = MAIN if source.has_main else None
     weight = _assemble(parameter, source, state, partial(source.read, parameter, key))
@@ -81,7 +108,7 @@ def _restore_parameter(
         return
     if tensor.dtype != torch.float32:
         shard.main.view(-1).copy_(weight.view(-1)[shard.start : shard.stop])
-    if source.has_optimizer:
+    if source.has_optimizer and moments:
         for moment in STATES:
             whole = _assemble(parameter, source, state, partial(source.read, parameter, moment))
             shard.state[moment].view(-1).copy_(whole.view(-1)[shard.start : shard.stop])
@@ -160,7 +187,7 @@ class _Source:
         self.directory = directory
         folders = sorted(directory.glob("mp_rank_*"))
         if not folders:
-            raise UsageError(f"--load {directory}: holds no mp_rank_* directory")
+            raise UsageError(f"{directory}: holds no mp_rank_* directory")
         self.common: dict[str, Any] = _load(folders[0] / MODEL_FILE)
         self.args: Mapping[str, Any] = vars(self.common["args"])
         self.arch = _from_args(Architecture, self.args)
@@ -182,13 +209,13 @@ class _Source:
             tp_rank=tp_rank, pp_rank=stage, pp_size=len(self.stages)
         )
         if key is None:
-            tensor = self._model(folder, chunk)[name]
+            tensor = self._weight(folder, chunk, name)
         else:
             tensor = self._flat(folder, parameter.name, key)
         if tensor.numel() != torch.Size(shape).numel():
+            what = f"{name} has" if key is None else f"the optimizer_shard_*.pt of {name} have"
             raise UsageError(
-                f"--load {folder}: {name} has {tensor.numel()} elements, "
-                f"{torch.Size(shape).numel()} expected"
+                f"{folder}: {what} {tensor.numel()} elements, {torch.Size(shape).numel()} expected"
             )
         return tensor.view(shape)
 
@@ -211,6 +238,18 @@ class _Source:
         several = len(self.stages[0]) > 1
         return self._models[folder][f"model{chunk}" if several else "model"]
 
+    def _weight(self, folder: Path, chunk: int, name: str) -> torch.Tensor:
+        model = self._model(folder, chunk)
+        if name in model:
+            return model[name]
+        path = folder / MODEL_FILE
+        if any(_FUSED_NORM in other for other in model):
+            raise UsageError(
+                f"{path}: its norms have Transformer Engine's names; rewrite the checkpoint with "
+                "ml-convert --save-format mcore, and load that"
+            )
+        raise UsageError(f"{path}: holds no {name}")
+
     def _flat(self, folder: Path, name: str, key: str) -> torch.Tensor:
         """Join what the data-parallel ranks hold of a flattened optimizer tensor."""
         if folder not in self._optimizers:
@@ -218,6 +257,8 @@ class _Source:
             self._optimizers[folder] = [_load(path) for path in files]
         parts = [shard[name] for shard in self._optimizers[folder] if name in shard]
         parts.sort(key=lambda part: part["range"])
+        if not parts or any(key not in part for part in parts):
+            raise UsageError(f"{folder}: its optimizer_shard_*.pt hold no {key} of {name}")
         return torch.cat([part[key] for part in parts])
 
 
@@ -227,7 +268,9 @@ def _load(path: Path) -> dict[str, Any]:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             reason = str(error).splitlines()[0]
-            raise UsageError(f"--load {path}: not readable ({reason})") from error
+            raise UsageError(f"{path}: not readable ({reason})") from error
+        except FileNotFoundError:
+            raise UsageError(f"{path}: missing") from None
 
 
 def _from_args(kind: type[T], args: Mapping[str, Any]) -> T:
@@ -246,4 +289,4 @@ def _check_same_model(directory: Path, saved: Architecture, wanted: Architecture
         and getattr(saved, field.name) != getattr(wanted, field.name)
     ]
     if different:
-        raise UsageError(f"--load {directory}: it is of another model: {'; '.join(different)}")
+        raise UsageError(f"{directory}: it is of another model: {'; '.join(different)}")

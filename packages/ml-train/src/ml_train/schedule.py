@@ -78,7 +78,7 @@ def _scheduler(config: LearningRate, train_iters: int) -> OptimizerParamSchedule
         lr_decay_style=config.lr_decay_style,
         wsd_decay_steps=config.lr_wsd_decay_iters,
         lr_wsd_decay_style=config.lr_wsd_decay_style,
-        # The weight decay is constant, and the optimizer's own.
+        # The weight decay is constant, and the optimizer's own (ml_parallel.optimizer).
         start_wd=0.0,
         end_wd=0.0,
         wd_incr_steps=decay_iters,

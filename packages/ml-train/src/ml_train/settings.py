@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -178,6 +178,31 @@ class LogConfig:
         if self.metrics_file is None and save is not None:
             return save / "metrics.jsonl"
         return self.metrics_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class IgnoredFlags:
+    """Accepted from scripts of Megatron, and ignored."""
+
+    distributed_backend: str | None = None
+    """The device decides: nccl, hccl or gloo."""
+    load_rng: bool = True
+    """Random numbers follow from --seed and the step; there is no state of theirs to load."""
+    masked_softmax_fusion: bool = True
+    """The attention kernel has its own softmax, always fused."""
+    attention_softmax_in_fp32: bool = True
+    """It always is."""
+    gradient_accumulation_fusion: bool = False
+    """Gradients are accumulated in float32, by no kernel of Apex."""
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The flags that ask for something else than what is done."""
+        off = (field for field in fields(self) if getattr(self, field.name) != field.default)
+        return tuple(
+            f"--{'' if getattr(self, field.name) else 'no-'}{field.name.replace('_', '-')}"
+            for field in off
+        )
 
 
 def _check_split(split: Sequence[float]) -> None:

@@ -16,6 +16,9 @@ from ml_parallel.topology import Topology
 MAIN = "main_param"
 """The float32 weights of a model that computes in half precision."""
 
+OURS = "ml_train_version"
+"""The argument of a checkpoint that says that ml-train wrote it."""
+
 
 @dataclass(frozen=True)
 class Progress:

@@ -133,15 +133,21 @@ def evaluate(
     chunks: Sequence[DistributedDataParallel],
     batches: Sequence[Iterator[Batch]],
     shape: BatchShape,
-) -> float:
-    """Return the mean loss of a global batch in nats, without dropout or gradients."""
+    *,
+    stop_requested: Callable[[], bool],
+) -> tuple[float, bool]:
+    """Compute the loss of a global batch, without dropout or gradients.
+
+    Returns:
+        The mean in nats, and whether any rank was asked to stop.
+    """
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
         losses = _run_schedule(chunks, batches, shape, forward_only=True)
     for chunk in chunks:
         chunk.train()
-    return _reduce(losses, False)[0]
+    return _reduce(losses, stop_requested())
 
 
 @contextmanager

@@ -111,6 +111,14 @@ class Family:
     ignored: tuple[str, ...] = ()
     """Patterns of Hugging Face tensors that hold no weights, such as rotary frequencies."""
 
+    def represents(self, arch: Architecture) -> bool:
+        """Tell whether a config.json of this family can say what the model is."""
+        try:
+            self.to_hf(arch, "float32")
+        except ValueError:
+            return False
+        return True
+
     def pieces(self, arch: Architecture) -> Iterator[Piece]:
         """List where all rows of all parameters come from, in the order of `parameters(arch)`."""
         rules = {rule.module: rule for rule in self.rules}

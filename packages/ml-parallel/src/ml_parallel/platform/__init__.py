@@ -21,7 +21,7 @@ from importlib.metadata import version
 import torch
 
 from ml_kernels.device import COLLECTIVES, DeviceChoice, DeviceType, resolve
-from ml_parallel.platform import cpu, memory, patches
+from ml_parallel.platform import cpu, meeting, memory, patches
 from ml_parallel.platform.patches import EngineMismatchError, Patch
 
 __all__ = [
@@ -142,7 +142,9 @@ def active_patches(kind: DeviceType) -> tuple[Patch, ...]:
     return (*patches.EVERYWHERE, *cpu.PATCHES) if kind == "cpu" else patches.EVERYWHERE
 
 
-def initialize_process_group(device: Device, *, timeout_minutes: float = 45.0) -> None:
+def initialize_process_group(
+    device: Device, *, timeout_minutes: float = 45.0, join_minutes: float = 10.0
+) -> None:
     """Join the process group that the launcher describes in the environment.
 
     Without RANK and WORLD_SIZE the group has this one process.
@@ -150,10 +152,15 @@ def initialize_process_group(device: Device, *, timeout_minutes: float = 45.0) -
     Args:
         device: Decides the backend: hccl, nccl or gloo.
         timeout_minutes: How long a collective waits for a missing rank.
+        join_minutes: How long to wait here until all ranks have come.
+
+    Raises:
+        ConnectionError: Node 0 cannot be reached, or not all ranks came.
+        ValueError: The environment does not say where the ranks meet.
     """
     timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
-        torch.distributed.init_process_group(device.collectives, timeout=timeout)
+        meeting.join(device.collectives, timeout=timeout, patience=timedelta(minutes=join_minutes))
         return
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group(

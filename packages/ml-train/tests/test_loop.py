@@ -1,0 +1,121 @@
+"""The loop of a run with real signals: when it stops, and what the next start makes up for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+from collections import Counter
+
+import pytest
+import torch
+from token_files import describe, write_corpus
+from training_job import LAYOUTS, UNTIED
+
+from ml_models import flags
+from ml_parallel.platform import Device
+from ml_parallel.testing import run_ranks
+from ml_parallel.topology import Topology
+from ml_train.config import PretrainConfig, check_world
+from ml_train.signals import StopRequest
+
+FLAGS = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --num-query-groups 2 --vocab-size 131 "
+    "--ffn-hidden-size 160 --max-position-embeddings 64 --swiglu --normalization RMSNorm "
+    "--disable-bias-linear --seq-length 32 --global-batch-size 8 --train-iters 4 --lr 1e-3 "
+    "--split 60,40,0"
+)
+ENDLESS = 50_000
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    prefix = write_corpus(tmp_path_factory.mktemp("data") / "text", [13] * 10)
+    return describe(prefix, vocab_size=UNTIED.vocab_size)
+
+
+def train(words, topology, signal_after=None):
+    """Run the loop on this rank, with a SIGTERM to the last rank once it has done that step."""
+    from ml_train.loop import Trainer
+
+    config = flags.parse(PretrainConfig, words, prog="test")
+    world_size = torch.distributed.get_world_size()
+    config = check_world(dataclasses.replace(config, parallel=topology), world_size)
+    trainer = Trainer(config, Device(type="cpu", index=0))
+    over = threading.Event()
+
+    def interrupt():
+        while trainer.progress.iteration < signal_after:
+            if over.wait(0.001):
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with StopRequest() as stop:
+        stop.defer()
+        if signal_after is not None and torch.distributed.get_rank() == world_size - 1:
+            threading.Thread(target=interrupt).start()
+        trainer.run(stop)
+        over.set()
+    return trainer.progress.iteration
+
+
+def run(corpus, save, layout, *more, signal_after=None):
+    """Return the last step of a run of these flags, and its file of metrics so far."""
+    world_size, topology = LAYOUTS.get(layout, (1, Topology()))
+    words = [*FLAGS.split(), "--data-path", corpus, "--save", str(save), "--load", str(save), *more]
+    ranks = run_ranks(train, world_size, words, topology, signal_after, timeout=60)
+    lines = (save / "metrics.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    return ranks[0], Counter((e["kind"], e["iteration"]) for e in entries if e["kind"] != "run")
+
+
+def evaluate(interval, iters):
+    return "--eval-interval", str(interval), "--eval-iters", str(iters)
+
+
+def losses(save):
+    entries = map(json.loads, (save / "metrics.jsonl").read_text().splitlines())
+    return {(e["kind"], e["iteration"]): e["loss"] for e in entries if e["kind"] != "run"}
+
+
+@pytest.mark.parametrize("layout", ["single", "tp2 sp", "pp2 vpp dp2 dist overlap"])
+def test_an_interrupted_evaluation_is_made_up_for_by_the_next_start(corpus, tmp_path, layout):
+    # Without a look at the signal it would take hours, and the time of run_ranks be over.
+    iteration, entries = run(corpus, tmp_path, layout, *evaluate(2, ENDLESS), signal_after=2)
+    assert iteration == 2
+    assert entries == {("step", 1): 1, ("step", 2): 1}
+    assert (tmp_path / "iter_0000002").is_dir()
+
+    iteration, entries = run(corpus, tmp_path, layout, *evaluate(2, 1))
+    assert iteration == 4
+    steps = {("step", number): 1 for number in range(1, 5)}
+    assert entries == {**steps, ("evaluation", 2): 1, ("evaluation", 4): 1}
+    # The loss is that of the weights at that step, as in a run that nothing stopped.
+    _, whole = run(corpus, tmp_path / "whole", layout, *evaluate(2, 1))
+    assert whole == entries
+    assert losses(tmp_path) == losses(tmp_path / "whole")
+
+
+def test_an_evaluation_stopped_at_the_last_step_is_made_up_for_once(corpus, tmp_path):
+    run(corpus, tmp_path, "single", *evaluate(4, ENDLESS), signal_after=4)
+    assert ("evaluation", 4) not in losses(tmp_path)
+    for _ in range(2):
+        iteration, entries = run(corpus, tmp_path, "single", *evaluate(4, 1))
+        assert iteration == 4
+        assert entries[("evaluation", 4)] == 1
+
+
+def test_a_stopped_run_says_what_the_next_start_can_load(corpus, tmp_path, capfd):
+    run(corpus, tmp_path, "single", *evaluate(2, ENDLESS), signal_after=2)
+    assert f"after step 2; resume with --load {tmp_path}" in capfd.readouterr().out
+    # Stopped once more, before any step, with nothing new to save.
+    run(corpus, tmp_path, "single", *evaluate(2, ENDLESS), signal_after=2)
+    out = capfd.readouterr().out
+    assert f"after step 2; resume with --load {tmp_path}" in out
+    assert "saved" not in out
+    # A run that has no --save loses its steps, and does not point to where it began.
+    words = [*FLAGS.split(), "--data-path", corpus, "--load", str(tmp_path)]
+    run_ranks(train, 1, [*words, *evaluate(3, ENDLESS)], Topology(), 3, timeout=60)
+    assert "after step 3; nothing was saved: --save is not given" in capfd.readouterr().out
