@@ -229,7 +229,9 @@ def test_layers_are_made_of_our_operators(swiglu, normalization, activation, nor
 def test_mc2_is_used_where_it_is_asked_for(use_mc2):
     topology = Topology(tensor_model_parallel_size=2, sequence_parallel=True, use_mc2=use_mc2)
     found = run_ranks(modules_by_name, 2, ARCH, topology)[0]
-    linears = {name: kind for name, kind in found.items() if "layers.0" in name and "linear" in name}
+    linears = {
+        name: kind for name, kind in found.items() if "layers.0" in name and "linear" in name
+    }
     columns = {"GatheringLinear"} if use_mc2 else {"ColumnParallelLinear"}
     rows = {"ScatteringLinear"} if use_mc2 else {"RowParallelLinear"}
     assert {kind for name, kind in linears.items() if name.endswith(("qkv", "fc1"))} == columns

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import threading
 from collections import Counter
@@ -119,3 +120,23 @@ def test_a_stopped_run_says_what_the_next_start_can_load(corpus, tmp_path, capfd
     words = [*FLAGS.split(), "--data-path", corpus, "--load", str(tmp_path)]
     run_ranks(train, 1, [*words, *evaluate(3, ENDLESS)], Topology(), 3, timeout=60)
     assert "after step 3; nothing was saved: --save is not given" in capfd.readouterr().out
+
+
+def test_test_data_is_evaluated_once_after_the_last_step(corpus, capfd):
+    words = [*FLAGS.replace("--split 60,40,0", "").split(), *evaluate(4, 2)]
+    words += ["--train-data-path", corpus, "--valid-data-path", corpus]
+    run_ranks(train, 1, words, Topology(), timeout=60)
+    assert "test loss" not in capfd.readouterr().out
+    run_ranks(train, 1, [*words, "--test-data-path", corpus], Topology(), timeout=60)
+    printed = capfd.readouterr().out
+    found = re.findall(r"(validation|test) loss at iteration 4 \| lm loss value: (\S+)", printed)
+    assert [name for name, _ in found] == ["validation", "test"]
+    assert found[0][1] == found[1][1]  # the same corpus, here
+
+
+def test_a_stopped_run_does_not_evaluate_the_test_data(corpus, tmp_path, capfd):
+    words = [*FLAGS.replace("--split 60,40,0", "").split(), *evaluate(100, 2)]
+    words += ["--train-data-path", corpus, "--valid-data-path", corpus]
+    words += ["--test-data-path", corpus, "--save", str(tmp_path)]
+    run_ranks(train, 1, words, Topology(), 2, timeout=60)
+    assert "test loss" not in capfd.readouterr().out

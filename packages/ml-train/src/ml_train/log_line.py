@@ -38,10 +38,10 @@ def step_line(step: StepMetrics, *, log_throughput: bool) -> str:
     return " | ".join(fields) + " |"
 
 
-def evaluation_line(iteration: int, loss: float) -> str:
-    """Return the line of an evaluation."""
+def evaluation_line(iteration: int, loss: float, *, data: str = "validation") -> str:
+    """Return the line of an evaluation on some data."""
     return (
-        f" validation loss at iteration {iteration} | lm loss value: {loss:.6E} | "
+        f" {data} loss at iteration {iteration} | lm loss value: {loss:.6E} | "
         f"lm loss PPL: {perplexity(loss):.6E} | "
     )
 

@@ -20,6 +20,7 @@ from ml_train import checkpoint
 from ml_train.build import Built, build
 from ml_train.config import PretrainConfig
 from ml_train.data import Datasets, Samples, TokenBatches, build_datasets
+from ml_train.log_line import evaluation_line
 from ml_train.metrics import Reporter
 from ml_train.schedule import set_learning_rate
 from ml_train.signals import StopRequest
@@ -65,6 +66,8 @@ class Trainer:
                     self._save()
             if stop_now:
                 self.reporter.note(self._stopped(stop))
+            else:
+                self._test(stop)
 
     # Setting up
 
@@ -81,7 +84,7 @@ class Trainer:
         samples = (
             self.progress.consumed_samples + steps * batch,
             training.eval_iters * batch,
-            0,
+            training.eval_iters * batch if self.config.data.test_data_path else 0,
         )
         return build_datasets(
             self.config.data,
@@ -171,6 +174,21 @@ class Trainer:
         """Evaluate, and return whether to stop; a part of an evaluation is not reported."""
         if self.datasets.valid is None:
             return False
+        loss, stop_now = self._mean_loss(self.datasets.valid, stop)
+        if loss is not None:
+            self.reporter.evaluation(self.progress.iteration, loss)
+        return stop_now
+
+    def _test(self, stop: StopRequest) -> None:
+        """Show the loss on the test data, if any were given."""
+        if self.datasets.test is None:
+            return
+        loss, _ = self._mean_loss(self.datasets.test, stop)
+        if loss is not None:
+            self.reporter.note(evaluation_line(self.progress.iteration, loss, data="test"))
+
+    def _mean_loss(self, samples: Samples, stop: StopRequest) -> tuple[float | None, bool]:
+        """Return the mean loss, None if a signal came before its end, and whether to stop."""
         losses: list[float] = []
         stop_now = False
         with parameters_in_place(self.built.chunks):
@@ -178,14 +196,13 @@ class Trainer:
                 consumed = len(losses) * self.built.global_batch_size
                 loss, stop_now = evaluate(
                     self.built.chunks,
-                    self._batches(self.datasets.valid, consumed),
+                    self._batches(samples, consumed),
                     self.built.shape,
                     stop_requested=lambda: stop.received is not None,
                 )
                 losses.append(loss)
-        if len(losses) == self.config.training.eval_iters:
-            self.reporter.evaluation(self.progress.iteration, math.fsum(losses) / len(losses))
-        return stop_now
+        whole = len(losses) == self.config.training.eval_iters
+        return (math.fsum(losses) / len(losses) if whole else None), stop_now
 
     def _save(self) -> None:
         config = self.config.checkpoint

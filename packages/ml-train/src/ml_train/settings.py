@@ -30,13 +30,14 @@ class DataConfig:
     """Corpora for all splits: prefixes of .bin and .idx files, each after its weight or all without
     (0.3 A 0.7 B, or A B); without weights they are drawn from by size."""
     split: tuple[float, ...] = (969.0, 30.0, 1.0)
-    """Shares of each corpus's documents for training, validation and test; with --data-path."""
+    """Shares of each corpus's documents for training, validation and test; with --data-path. What
+    is test is left out of the others, and kept for a test of yours."""
     train_data_path: tuple[str, ...] = ()
     """Corpora for training, instead of --data-path."""
     valid_data_path: tuple[str, ...] = ()
     """Corpora for validation, with --train-data-path."""
     test_data_path: tuple[str, ...] = ()
-    """Corpora for test, with --train-data-path."""
+    """Corpora for test, with --train-data-path; their loss is shown after the last step."""
     data_cache_path: Path | None = None
     """Directory, shared by all nodes, to keep the order of the samples in; default beside the first
     corpus."""
