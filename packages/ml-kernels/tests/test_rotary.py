@@ -159,6 +159,19 @@ def test_the_fast_version_agrees_for_every_shape_stride_and_broadcast(
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_tensor_may_start_anywhere_in_its_memory(backend, interleaved):
+    angles, flat = angles_of(16, interleaved), random(1 + POSITIONS * 16)
+    assert_matches(
+        lambda x: ml_kernels.rotary_embedding(
+            x[1:].view(POSITIONS, 1, 1, 16), angles, interleaved=interleaved, backend=backend
+        ),
+        lambda x: complex_formula(angles, interleaved)(x[1:].view(POSITIONS, 1, 1, 16)),
+        [flat],
+    )
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_the_result_may_be_changed_in_place(backend, interleaved):
     angles, x = angles_of(16, interleaved), random(POSITIONS, 2, 3, 16)
     out = ml_kernels.rotary_embedding(x, angles, interleaved=interleaved, backend=backend)

@@ -223,6 +223,7 @@ def test_layers_are_made_of_our_operators(swiglu, normalization, activation, nor
     assert found[f"{layer}.self_attention.core_attention"] == "CoreAttention"
     norms = (f"{layer}.input_layernorm", f"{layer}.pre_mlp_layernorm", "decoder.final_layernorm")
     assert {found[name] for name in norms} == {norm}
+    assert found["output_layer"] == "ColumnLinear"
 
 
 @pytest.mark.parametrize("use_mc2", [True, False])
@@ -232,7 +233,7 @@ def test_mc2_is_used_where_it_is_asked_for(use_mc2):
     linears = {
         name: kind for name, kind in found.items() if "layers.0" in name and "linear" in name
     }
-    columns = {"GatheringLinear"} if use_mc2 else {"ColumnParallelLinear"}
-    rows = {"ScatteringLinear"} if use_mc2 else {"RowParallelLinear"}
+    columns = {"GatheringLinear"} if use_mc2 else {"ColumnLinear"}
+    rows = {"ScatteringLinear"} if use_mc2 else {"RowLinear"}
     assert {kind for name, kind in linears.items() if name.endswith(("qkv", "fc1"))} == columns
     assert {kind for name, kind in linears.items() if name.endswith(("proj", "fc2"))} == rows

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         rotary_frequencies,
         yarn_frequencies,
     )
+    from ml_kernels.linear import linear
     from ml_kernels.loss import cross_entropy, linear_cross_entropy
     from ml_kernels.modules import GEGLU, GELU, LayerNorm, RMSNorm, SwiGLU
     from ml_kernels.moe import grouped_matmul, moe_permute, moe_unpermute, topk_gating
@@ -65,6 +66,7 @@ _MODULES = {
     "grouped_matmul": "moe",
     "join_float32": "precision",
     "layer_norm": "norm",
+    "linear": "linear",
     "linear_cross_entropy": "loss",
     "linear_frequencies": "frequencies",
     "llama3_frequencies": "frequencies",
@@ -109,6 +111,7 @@ __all__ = [
     "grouped_matmul",
     "join_float32",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "linear_frequencies",
     "llama3_frequencies",

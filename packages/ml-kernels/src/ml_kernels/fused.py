@@ -31,6 +31,11 @@ def gelu(x: torch.Tensor, bias: torch.Tensor | None, approximate: Approximation)
     return F.gelu(biased(x, bias), approximate=approximate)
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """See `ml_kernels.linear`."""
+    return F.linear(x, weight, bias)
+
+
 @torch.no_grad()
 def adamw(
     params: Sequence[torch.Tensor],

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 import ml_kernels
 from ml_models.architecture import Architecture
 from ml_models.dropout import Dropout
-from ml_models.modules import block_spec
+from ml_models.modules import ColumnLinear, block_spec
 from ml_models.weights import Parameter, global_name, local_name, stage_parameters
 from ml_parallel.stages import pipeline_layout, stage_layers
 from ml_parallel.topology import Topology
@@ -33,6 +33,9 @@ class GPT(GPTModel):  # type: ignore[misc]
     def __init__(self, true_vocab_size: int, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.true_vocab_size = true_vocab_size
+        if self.post_process:
+            # megatron-core builds this layer itself and asks no one for its class.
+            self.output_layer.__class__ = ColumnLinear
 
     def compute_language_model_loss(
         self, labels: torch.Tensor, logits: torch.Tensor

@@ -72,8 +72,8 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         return context.flatten(2)
 
 
-class GatheringLinear(ColumnParallelLinear):  # type: ignore[misc]
-    """A column-parallel layer that gathers its sequence while it already multiplies (MC2)."""
+class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
+    """megatron-core's layer whose output is cut, with our product where nothing is communicated."""
 
     def _forward_impl(
         self,
@@ -81,17 +81,46 @@ class GatheringLinear(ColumnParallelLinear):  # type: ignore[misc]
         weight: torch.Tensor,
         *,
         bias: torch.Tensor | None,
-        tp_group: torch.distributed.ProcessGroup,
+        **options: Any,
+    ) -> torch.Tensor:
+        if options["sequence_parallel"] or options["allreduce_dgrad"]:
+            return super()._forward_impl(input, weight, bias=bias, **options)
+        return ml_kernels.linear(input, weight, bias)
+
+
+class RowLinear(RowParallelLinear):  # type: ignore[misc]
+    """megatron-core's layer whose input is cut, with our product: it communicates afterwards."""
+
+    def _forward_impl(
+        self,
+        input: torch.Tensor,  # noqa: A002  # megatron-core passes it by this name
+        weight: torch.Tensor,
+        *,
+        bias: torch.Tensor | None,
+        **_options: Any,
+    ) -> torch.Tensor:
+        return ml_kernels.linear(input, weight, bias)
+
+
+class GatheringLinear(ColumnLinear):
+    """A layer whose output is cut, and that gathers its sequence while it multiplies (MC2)."""
+
+    def _forward_impl(
+        self,
+        input: torch.Tensor,  # noqa: A002  # megatron-core passes it by this name
+        weight: torch.Tensor,
+        *,
+        bias: torch.Tensor | None,
         **options: Any,
     ) -> torch.Tensor:
         if not options["sequence_parallel"]:
-            return super()._forward_impl(input, weight, bias=bias, tp_group=tp_group, **options)
-        output = ml_kernels.all_gather_matmul(input, weight, tp_group)
+            return super()._forward_impl(input, weight, bias=bias, **options)
+        output = ml_kernels.all_gather_matmul(input, weight, options["tp_group"])
         return output if bias is None else output + bias
 
 
-class ScatteringLinear(RowParallelLinear):  # type: ignore[misc]
-    """A row-parallel layer that adds up and scatters its sequence while it multiplies (MC2)."""
+class ScatteringLinear(RowLinear):
+    """A layer whose input is cut, and that adds up and scatters its sequence meanwhile (MC2)."""
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return `(S/tp, B, H)` from `(S, B, F/tp)`, and the bias if it is not added here."""
@@ -112,11 +141,11 @@ class KernelsSpecProvider(LocalSpecProvider):  # type: ignore[misc]
 
     def column_parallel_linear(self) -> type:
         """Return the layer whose output is cut over the tensor-parallel ranks."""
-        return GatheringLinear if self.use_mc2 else ColumnParallelLinear
+        return GatheringLinear if self.use_mc2 else ColumnLinear
 
     def row_parallel_linear(self) -> type:
         """Return the layer whose input is cut over the tensor-parallel ranks."""
-        return ScatteringLinear if self.use_mc2 else RowParallelLinear
+        return ScatteringLinear if self.use_mc2 else RowLinear
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
         """Return the norm module."""

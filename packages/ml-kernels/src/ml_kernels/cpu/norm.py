@@ -157,7 +157,8 @@ def _gradients_of_rows(
     length: torch.Tensor,
     norm: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients in float32. The kernels read their inputs as if contiguous."""
+    """Return the gradients of the rows and of the factors, not yet rounded."""
+    # The kernel of the weight norm reads its gradient as if it were contiguous, and says nothing.
     x, upstream = (t.to(factors.dtype).contiguous() for t in (x, upstream))
     _, of_factors, _ = torch.ops.aten.native_layer_norm_backward.default(
         upstream, x, factors.shape, mean, inverse, factors, None, [False, True, False]

@@ -10,7 +10,8 @@ CHUNK = 1 << 19
 """Elements computed at a time: 2 MiB in float32."""
 
 FEW = 1 << 14
-"""Elements below which starting a Python function for the gradient costs more than it saves."""
+"""Elements below which starting a Python function for the gradient costs more than it saves. Empty
+tensors must be below: torch's kernels divide by the number of rows, and so does `chunks`."""
 
 
 def chunks(elements: int, *tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
