@@ -45,7 +45,7 @@ class Case:
     passes: int = 0
     """How often the first input's size is read or written at least; 0 if it computes more."""
     apart: Callable[[Sizes], Sequence[torch.Tensor]] | None = None
-    """The inputs of Hugging Face's version, where it keeps apart what ours has in one tensor."""
+    """The inputs of peers that keep apart what ours has in one tensor."""
 
     def sides(self, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, Side]:
         """Build the sides for a device and a dtype."""
@@ -63,7 +63,7 @@ class Case:
         self, side: str, sizes: Sizes, device: torch.device, dtype: torch.dtype
     ) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        make = self.apart if self.apart and side == "Hugging Face" else self.inputs
+        make = self.apart if self.apart and side in ("Hugging Face", "Liger") else self.inputs
         return [
             tensor.to(device, dtype).requires_grad_()
             if tensor.is_floating_point()
@@ -152,6 +152,13 @@ def _add_rms_norm_eager(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     total = x + residual
     return _rms_norm_eager(total, weight), total
+
+
+def _layer_norm_eager(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    wide = x.float()
+    centred = wide - wide.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return weight * normed.to(x.dtype) + bias
 
 
 def _swiglu_eager(x: torch.Tensor) -> torch.Tensor:
@@ -243,6 +250,14 @@ CASES = (
         passes=9,
     ),
     Case(
+        "layer_norm",
+        "layer_norm",
+        lambda s: [_hidden(s, s.hidden), torch.ones(s.hidden), torch.zeros(s.hidden)],
+        lambda x, weight, bias: ml_kernels.layer_norm(x, weight, bias, eps=1e-5),
+        {"eager": _layer_norm_eager},
+        passes=5,
+    ),
+    Case(
         "swiglu",
         "swiglu",
         lambda s: [_hidden(s, 2 * s.ffn)],
@@ -258,6 +273,15 @@ CASES = (
         ml_kernels.geglu,
         {"eager": _geglu_eager},
         passes=4,
+        apart=lambda s: [_hidden(s, s.ffn), _hidden(s, s.ffn)],
+    ),
+    Case(
+        "gelu",
+        "gelu with bias",
+        lambda s: [_hidden(s, s.ffn), torch.zeros(s.ffn)],
+        ml_kernels.gelu,
+        {"eager": lambda x, bias: F.gelu(x + bias)},
+        passes=5,
     ),
     Case(
         "rotary_embedding",
@@ -276,6 +300,13 @@ CASES = (
         passes=3,
     ),
     Case(
+        "linear",
+        "linear",
+        lambda s: [_hidden(s, s.hidden), torch.randn(s.ffn, s.hidden) / s.hidden**0.5],
+        ml_kernels.linear,
+        {"eager": F.linear},
+    ),
+    Case(
         "grouped_matmul",
         "grouped_matmul, 8 experts",
         _grouped_inputs,
@@ -288,33 +319,27 @@ CASES = (
 # Liger Kernel (Hsu et al. 2024, arXiv:2410.10989) on the same inputs; a CUDA GPU only
 
 
-def _liger_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+def _liger() -> Any:
+    from liger_kernel.transformers import functional
 
-    out: torch.Tensor = LigerRMSNormFunction.apply(x, weight, 1e-6)
-    return out
-
-
-def _liger_swiglu(x: torch.Tensor) -> torch.Tensor:
-    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-
-    gate, up = x.chunk(2, dim=-1)
-    out: torch.Tensor = LigerSiLUMulFunction.apply(gate.contiguous(), up.contiguous())
-    return out
+    return functional
 
 
-def _liger_geglu(x: torch.Tensor) -> torch.Tensor:
-    from liger_kernel.ops.geglu import LigerGELUMulFunction
-
-    gate, up = x.chunk(2, dim=-1)
-    out: torch.Tensor = LigerGELUMulFunction.apply(gate.contiguous(), up.contiguous())
-    return out
+def _liger_rope(q: torch.Tensor) -> torch.Tensor:
+    angles = _angles(q)[:, 0].transpose(0, 1)  # (1, S, D)
+    heads = q.permute(1, 2, 0, 3)
+    tables = (angles.cos().to(q.dtype), angles.sin().to(q.dtype))
+    turned: torch.Tensor = _liger().liger_rope(heads, heads[:, :1].detach(), *tables)[0]
+    return turned
 
 
 LIGER: dict[str, Forward] = {
-    "rms_norm": _liger_rms_norm,
-    "swiglu": _liger_swiglu,
-    "geglu": _liger_geglu,
+    "cross_entropy": lambda x, target: _liger().liger_cross_entropy(x, target, reduction="none"),
+    "geglu": lambda gate, up: _liger().liger_geglu(gate, up),
+    "layer_norm": lambda x, weight, bias: _liger().liger_layer_norm(x, weight, bias, 1e-5),
+    "rms_norm": lambda x, weight: _liger().liger_rms_norm(x, weight, 1e-6),
+    "rotary_embedding": _liger_rope,
+    "swiglu": lambda gate, up: _liger().liger_swiglu(gate, up),
 }
 
 

@@ -20,11 +20,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from kernel_cases import CASES, LOSS_SHAPES, Case, Side, Sizes, loss_sides
 from machine import machine
+
+import ml_kernels
+from ml_kernels.attention_checks import checked_call
+from ml_kernels.dispatch import implementation
 
 SECONDS = 4.0
 """Time for all turns of one case."""
@@ -48,7 +54,7 @@ def main() -> None:
     if not options.operators or "linear_cross_entropy" in options.operators:
         print("\n" + "\n".join(memory_table(sizes)), flush=True)
     if not options.operators:
-        print(f"\nDispatch: {dispatch_overhead() * 1e6:.2f} us a call above the implementation.")
+        print("\n" + "\n".join(overheads()))
 
 
 def _options() -> argparse.Namespace:
@@ -128,17 +134,31 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.numel() / fastest(sides, device, 0.5)["copy"]
 
 
-def dispatch_overhead() -> float:
-    """Return the seconds that the public function adds to a call of the implementation."""
-    from ml_kernels import rms_norm
-    from ml_kernels.dispatch import implementation
-
+def overheads() -> Iterator[str]:
+    """Say what a public function adds to a call of its implementation: look-up and checks."""
     x, weight = torch.randn(4, 64), torch.ones(64)
-    direct = implementation("rms_norm", x)
+    q = torch.randn(1, 4, 2, 16)
+    absent = ("num_heads", "window", "mask", "alibi_slopes", "cu_seqlens_q", "cu_seqlens_k")
+    given: dict[str, Any] = dict.fromkeys((*absent, "scale", "sinks"))
+    given |= {"layout": "BSND", "causal": True, "alibi_form": "square"}
+    call = checked_call(q, q, q, **given, dropout_p=0.0, return_lse=False)
+    pairs: dict[str, tuple[Side, Side]] = {
+        "rms_norm": (
+            lambda: ml_kernels.rms_norm(x, weight, eps=1e-6),
+            partial(implementation("rms_norm", x), x, weight, 1e-6, False),
+        ),
+        "swiglu": (lambda: ml_kernels.swiglu(x), partial(implementation("swiglu", x), x, None)),
+        "flash_attention": (
+            lambda: ml_kernels.flash_attention(q, q, q, layout="BSND", causal=True),
+            partial(implementation("flash_attention", q), q, q, q, call),
+        ),
+    }
     with torch.no_grad():
-        public = _per_call(lambda: rms_norm(x, weight, eps=1e-6))
-        inner = _per_call(lambda: direct(x, weight, 1e-6, False))
-    return public - inner
+        look_up = _per_call(lambda: implementation("rms_norm", x))
+        added = {name: _per_call(public) - _per_call(own) for name, (public, own) in pairs.items()}
+    yield f"Choosing an implementation takes {look_up * 1e6:.2f} us a call; with the checks of the "
+    each = ", ".join(f"{seconds * 1e6:.1f} us for `{name}`" for name, seconds in added.items())
+    yield f"arguments a public function adds {each}."
 
 
 def _per_call(function: Callable[[], object], calls: int = 2000, repeats: int = 15) -> float:

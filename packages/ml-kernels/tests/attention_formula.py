@@ -5,12 +5,15 @@ Shapes: `(B, N, S, D)` unless a layout says otherwise.
 
 from __future__ import annotations
 
+import pytest
 import torch
 from oracle import random
 
-if torch.cuda.is_available():
-    # Flex attention is compiled for each kind of call here, more than any model has.
-    torch._dynamo.config.recompile_limit = 200
+COMPILES_FLEX = pytest.mark.filterwarnings(
+    "ignore:<class 'torch.autograd.function.Function'> should not be instantiated",
+    "ignore:The .grad attribute of a Tensor that is not a leaf",
+)
+"""Torch warns of what it does itself when it compiles flex attention, as CUDA runs do."""
 
 LAYOUTS = ["SBND", "SBH", "BSH", "BSND", "BNSD"]
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])

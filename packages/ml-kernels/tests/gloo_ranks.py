@@ -15,7 +15,7 @@ from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 
 import pytest
 import torch
@@ -76,6 +76,7 @@ def _run_rank(send, function, args, rank, world_size, store, timeout):
     except BaseException:
         message = pickle.dumps((False, f"failed:\n{traceback.format_exc()}"))
     send.send_bytes(message)
+    sleep(timeout)  # other ranks may still be connecting to this one: the parent ends it
     os._exit(0)  # pytest's own exit handlers came along with the fork
 
 

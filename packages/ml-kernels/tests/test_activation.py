@@ -145,6 +145,13 @@ def test_the_fast_versions_agree_for_every_shape_stride_and_chunk(
         assert_near(with_gradients(call(fast), inputs), with_gradients(call(slow), inputs))
 
 
+def test_the_gradient_of_a_bias_is_summed_in_float32(monkeypatch):
+    monkeypatch.setattr(cpu, "CHUNK", 64)  # 16 rows
+    x, bias = random(500, 16, dtype=torch.bfloat16), random(16, seed=1)
+    ml_kernels.swiglu(x, bias, backend="cpu").sum().backward()
+    torch.testing.assert_close(bias.grad.double(), x.grad.double().sum(0), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_an_upstream_gradient_with_strides_is_accepted(backend):
     x = random(6, 4, 48)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from attention_formula import LENGTHS, SEEN, formula, on, output_of, sized, tensors
+from attention_formula import COMPILES_FLEX, LENGTHS, SEEN, formula, on, output_of, sized, tensors
 from oracle import ROUNDING, assert_matches, assert_near, random, runs
 from torch.nn import functional as F
 from transformers import masking_utils
@@ -17,6 +17,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from ml_kernels import flash_attention
 
+pytestmark = COMPILES_FLEX
 RUNS = runs("flash_attention")
 DTYPES = list(ROUNDING)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_formula import LAYOUTS, LENGTHS, formula, tensors, to_layout
+from attention_formula import COMPILES_FLEX, LAYOUTS, LENGTHS, formula, tensors, to_layout
 from oracle import assert_near, random, runs
 
 from ml_kernels import flash_attention, flash_attention_backward
 
+pytestmark = COMPILES_FLEX
 RUNS = runs("flash_attention_backward")
 
 
@@ -78,6 +79,20 @@ def test_the_gradients_of_a_part_have_its_layout(device, backend, layout, length
     assert_near(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("device", "backend"), RUNS)
+def test_strides_do_not_matter(device, backend, dtype):
+    inputs = tensors(8, 8, width=8, value_width=8, dtype=dtype, device=device)
+    inputs = [t.detach() for t in inputs]
+    options = {"layout": "BNSD", "causal": True, "backend": backend}
+    out, lse = flash_attention(*inputs, **options, return_lse=True)
+    upstream = random(*out.shape, seed=9, dtype=dtype, device=device).detach()
+    expected = flash_attention_backward(upstream, *inputs, out, lse, **options)
+    sliced = torch.stack((lse, lse + 1), dim=-1)[..., 0]
+    strided = [t.mT.contiguous().mT for t in (upstream, *inputs, out)]
+    assert_near(flash_attention_backward(*strided, sliced, **options), expected)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -89,10 +104,13 @@ def test_the_gradients_of_a_part_have_its_layout(device, backend, layout, length
             r"out \(2, 4, 5, 5\): must be \(2, 4, 5, 4\)",
         ),
         ({"gradient": torch.ones(2, 4, 5, 4).half()}, TypeError, "gradient is torch.float16"),
+        ({"key": torch.ones(2, 3, 5, 4)}, ValueError, r"value .*: must have the batch"),
+        ({"query": torch.ones(2, 4, 5, 4).int()}, TypeError, "query is torch.int32"),
     ],
 )
 def test_the_backward_pass_checks_what_it_is_given(change, error, message):
     query, key, value = (t.detach() for t in tensors())
-    known = {"gradient": query, "out": query, "lse": torch.ones(2, 4, 5)} | change
-    with pytest.raises(error, match=message):
-        flash_attention_backward(query=query, key=key, value=value, **known, layout="BNSD")
+    known = {"query": query, "key": key, "value": value, "gradient": query, "out": query}
+    known |= {"lse": torch.ones(2, 4, 5)} | change
+    with pytest.raises(error, match=f"^flash_attention_backward: {message}"):
+        flash_attention_backward(**known, layout="BNSD")

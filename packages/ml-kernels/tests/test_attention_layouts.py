@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_formula import (
+    COMPILES_FLEX,
     LAYOUTS,
     SLOPES,
     formula,
@@ -19,6 +20,7 @@ from oracle import assert_matches, assert_near, random, runs, with_gradients
 
 from ml_kernels import flash_attention
 
+pytestmark = COMPILES_FLEX
 RUNS = runs("flash_attention")
 
 

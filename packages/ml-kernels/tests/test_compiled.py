@@ -1,15 +1,20 @@
-"""The references that CUDA runs compiled: torch must capture each as one graph, for any sizes."""
+"""What CUDA runs compiled: torch must capture it as one graph, for any sizes, and stay at it."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from functools import partial
 
 import pytest
 import torch
+from attention_formula import COMPILES_FLEX
 from oracle import assert_near, random, with_gradients
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch.nn.attention import flex_attention as flex
 
+from ml_kernels import chunked_loss
 from ml_kernels.activation import geglu_reference, gelu_reference, swiglu_reference
-from ml_kernels.cuda import compiled
+from ml_kernels.cuda import compiled, graphs
+from ml_kernels.cuda.attention import Pattern, mask_mod
 from ml_kernels.loss import cross_entropy_reference
 from ml_kernels.norm import add_rms_norm_reference, rms_norm_reference
 from ml_kernels.rotary import rotary_embedding_reference
@@ -57,7 +62,101 @@ def test_a_reference_is_one_graph_whatever_its_sizes(reference):
     assert len(graphs) == 1
 
 
-def test_a_reference_is_compiled_once_and_only_where_triton_is():
+@pytest.fixture
+def graph_count(monkeypatch):
+    """Count the graphs that are compiled; they run as they are, which needs no Triton."""
+    made = []
+
+    def backend(graph, _inputs):
+        made.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    graphs._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    yield lambda: len(made)
+    graphs._compiled.cache_clear()
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("graph_count")
+def test_a_function_is_compiled_once():
     assert compiled.compiled(swiglu_reference) is compiled.compiled(swiglu_reference)
-    is_compiled = compiled.compiled(swiglu_reference) is not swiglu_reference
-    assert is_compiled == (find_spec("triton") is not None)
+    assert compiled.compiled(swiglu_reference) is not swiglu_reference
+
+
+def test_more_variants_than_torch_allows_by_itself_are_compiled(graph_count):
+    x, variants = torch.randn(3, 4), torch._dynamo.config.recompile_limit + 4
+
+    def scaled(x, name):
+        return x * len(name)
+
+    run = graphs.compiled(scaled)
+    for n in range(variants):
+        assert torch.equal(run(x, "a" * n), x * n)
+    assert graph_count() == variants
+
+
+@pytest.mark.usefixtures("graph_count")
+def test_a_variant_too_many_is_an_error_and_not_eager_mode(monkeypatch):
+    monkeypatch.setattr(graphs, "_VARIANTS", 2)
+    run = graphs.compiled(lambda x, name: x * len(name))
+    x = torch.ones(2)
+    run(x, ""), run(x, "a")
+    with pytest.raises(FailOnRecompileLimitHit):
+        run(x, "aa")
+
+
+@pytest.mark.usefixtures("graph_count")
+def test_an_older_torch_has_its_only_limit_raised(monkeypatch):
+    compile_ = torch.compile
+
+    def of_torch_2_7(model=None, *, fullgraph=False, dynamic=None):
+        return compile_(model, fullgraph=fullgraph, dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", of_torch_2_7)
+    x = torch.randn(3, 4)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        run = graphs.compiled(lambda x, name: x * len(name))
+        for n in range(12):
+            assert torch.equal(run(x, "a" * n), x * n)
+        assert torch._dynamo.config.recompile_limit == graphs._VARIANTS
+
+
+@COMPILES_FLEX
+def test_flex_attention_is_one_graph_and_the_blocks_it_skips_another(graph_count):
+    pattern = Pattern(256, 256, True, 40, (0, 100, 256), (0, 100, 256), torch.device("cpu"))
+    mod = mask_mod(pattern, None)
+    sizes = (None, None, 256, 256)
+    blocks = graphs.compiled(flex.create_block_mask)(mod, *sizes, device="cpu")
+    expected = flex.create_block_mask(mod, *sizes, device="cpu")
+    assert torch.equal(blocks.to_dense(), expected.to_dense())
+    assert graph_count() == 1
+    query, key, value = (torch.randn(1, 2, 256, 16) for _ in range(3))
+    found = graphs.compiled(flex.flex_attention)(query, key, value, block_mask=blocks)
+    hidden = ~mod(torch.tensor(0), 0, torch.arange(256)[:, None], torch.arange(256))
+    scores = (query @ key.mT / 4).masked_fill(hidden, float("-inf"))
+    torch.testing.assert_close(found, scores.softmax(-1) @ value, rtol=2e-5, atol=2e-5)
+    assert graph_count() == 2
+
+
+def test_a_compiled_function_becomes_a_part_of_its_callers_graph(graph_count):
+    x = random(3, 8)
+
+    def model(x):
+        return compiled.swiglu(compiled.gelu(x * 2, None, "tanh"), None)
+
+    found = with_gradients(torch.compile(model, fullgraph=True), [x])
+    assert graph_count() == 1
+    by_hand = with_gradients(
+        lambda x: swiglu_reference(gelu_reference(x * 2, None, "tanh"), None), [x]
+    )
+    assert_near(found, by_hand)
+
+
+def test_with_a_group_the_loss_is_taken_a_few_tokens_at_a_time(monkeypatch):
+    given = []
+    monkeypatch.setattr(chunked_loss, "cross_entropy", lambda *arguments: given.append(arguments))
+    arguments = (torch.ones(2, 4), torch.zeros(2, dtype=torch.int64), -100, object())
+    compiled.cross_entropy(*arguments)
+    assert given == [arguments]

@@ -7,11 +7,13 @@ functions written from their documentation.
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from attention_formula import (
+    COMPILES_FLEX,
     LENGTHS,
     SEEN,
     SLOPES,
@@ -29,7 +31,46 @@ from ml_kernels import BackendUnavailableError, flash_attention, flash_attention
 from ml_kernels.cuda import attention as cuda
 from ml_kernels.dispatch import IMPLEMENTATIONS
 
+COMPILED = cuda.compiled  # not the stand-in of the tests below
+
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+
+def scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, *, scale):
+    """What torch's kernel computes, and what it takes for granted."""
+    check_flash(query, key, value)
+    assert dropout_p == 0.0
+    assert not is_causal or query.shape[2] == key.shape[2]
+    options = {"layout": "BNSD", "causal": is_causal, "scale": scale}
+    return *flash_attention(query, key, value, **options, return_lse=True, backend="reference"), 0
+
+
+def flash_attention_backward_of_torch(
+    gradient, query, key, value, out, lse, ends_q, ends_k, queries, keys, dropout_p, is_causal,
+    state, unused, *, scale,
+):  # fmt: skip
+    check_flash(*(t.transpose(1, 2) for t in (query, key, value, gradient, out)))
+    assert (ends_q, ends_k, dropout_p, state.shape, unused.shape) == (None, None, 0.0, (2,), ())
+    assert (queries, keys) == (query.shape[1], key.shape[1])
+    assert lse.dtype == torch.float32
+    flat = torch.as_strided(lse, lse.shape, torch.empty(lse.shape).stride())  # strides unseen
+    known = (gradient, query, key, value, out, flat)
+    options = {"layout": "BSND", "causal": is_causal, "scale": scale}
+    return flash_attention_backward(*known, **options, backend="reference")
+
+
+def check_flash(query, *others):
+    for x in (query, *others):
+        assert x.dtype in (torch.float16, torch.bfloat16)
+        assert x.stride(-1) == 1
+        assert x.shape[-1] == query.shape[-1] <= 256
+        assert x.shape[-1] % 8 == 0
+
+
+TORCHS_FLASH = {
+    "_scaled_dot_product_flash_attention": scaled_dot_product_flash_attention,
+    "_flash_attention_backward": flash_attention_backward_of_torch,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +79,8 @@ def _the_cuda_version_for_tensors_on_the_cpu(monkeypatch):
         monkeypatch.setitem(IMPLEMENTATIONS, (operator, "cpu"), IMPLEMENTATIONS[operator, "cuda"])
     monkeypatch.setattr(cuda, "compiled", lambda function: function)
     monkeypatch.setattr(cuda, "_has_flash_attn", lambda: False)
-    cuda._cached_block_mask.cache_clear()
+    monkeypatch.setattr(cuda, "_is_ampere", lambda _: True)
+    monkeypatch.setattr(cuda, "_ATEN", SimpleNamespace(**TORCHS_FLASH))
 
 
 def documented_flex_attention(
@@ -46,6 +88,8 @@ def documented_flex_attention(
 ):
     """What flex attention's documentation says, with gradients."""
     assert enable_gqa == (query.shape[1] != key.shape[1])
+    if query.requires_grad:
+        assert not any(x.is_inference() for x in saved_for_backward(score_mod, block_mask))
     dtype = query.dtype
     query, key, value = query.float(), key.float(), value.float()
     key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
@@ -60,6 +104,14 @@ def documented_flex_attention(
     weights = (scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
     out = (weights @ value).to(dtype)
     return out if return_aux is None else (out, SimpleNamespace(lse=lse))
+
+
+def saved_for_backward(score_mod, block_mask):
+    """Give what flex attention saves besides its inputs, which must not be inference tensors."""
+    if score_mod is not None:
+        yield from (cell.cell_contents for cell in score_mod.__closure__)
+    if block_mask is not None:
+        yield from (block_mask.kv_num_blocks, block_mask.kv_indices)
 
 
 @pytest.fixture
@@ -136,12 +188,19 @@ def test_torchs_own_flex_attention_takes_the_call(layout, keys, options):
 
 
 @pytest.mark.usefixtures("_flex_attention_with_gradients")
-def test_what_may_be_skipped_is_computed_once():
-    inputs = [t.detach() for t in tensors()]
+def test_what_may_be_skipped_is_computed_once(monkeypatch):
+    inputs = [t.detach() for t in tensors(23, 23)]  # sizes of no other test
+    create, made = flex.create_block_mask, []
+
+    def counted(*arguments, **options):
+        made.append(create(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(flex, "create_block_mask", counted)
     for _ in range(2):
         flash_attention(*inputs, layout="BNSD", causal=True, window=2)
         flash_attention(*inputs, layout="BNSD", causal=True, window=2, alibi_slopes=SLOPES)
-    assert cuda._cached_block_mask.cache_info().misses == 1
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("seen", SEEN)
@@ -166,6 +225,31 @@ def test_packed_sequences_may_drop_weights():
     torch.autograd.grad(out.sum(), inputs)
 
 
+@COMPILES_FLEX
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ("SBND", {"causal": True}),
+        ("BNSD", {"causal": True, "window": 2, "alibi_slopes": SLOPES}),
+        ("BNSD", {"mask": random(2, 4, 5, 5).detach() < 0.2}),
+        ("TND", {"causal": True, **PACKED}),
+    ],
+)
+def test_it_is_a_part_of_the_graph_of_a_model_that_is_compiled(monkeypatch, layout, options):
+    monkeypatch.setattr(cuda, "compiled", COMPILED)
+    monkeypatch.setattr(cuda, "_has_triton", lambda: True)
+    inputs = [to_layout(t, layout) for t in tensors(batch=1 if layout == "TND" else 2)]
+    inputs = [t.detach() for t in inputs]
+
+    def model(query, key, value):
+        return flash_attention(query * 2, key, value, layout=layout, **options)
+
+    torch.compiler.reset()
+    found = torch.compile(model, fullgraph=True, backend="eager")(*inputs)
+    doubled = (inputs[0] * 2, *inputs[1:])
+    assert_near([found], [flash_attention(*doubled, layout=layout, **options, backend="reference")])
+
+
 def test_dropout_with_sinks_is_refused():
     with pytest.raises(BackendUnavailableError, match="flash_attention: dropout_p: no kernel"):
         flash_attention(*tensors(), layout="BNSD", dropout_p=0.5, sinks=torch.ones(4))
@@ -173,13 +257,144 @@ def test_dropout_with_sinks_is_refused():
 
 def test_without_triton_the_message_says_what_is_missing(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda _: None)
-    cuda.compiled.cache_clear()
+    monkeypatch.setattr(cuda, "_has_triton", lambda: False)
     with pytest.raises(BackendUnavailableError, match="needs the package triton on CUDA"):
         cuda.compiled(flex.flex_attention)
 
 
+# What is kept from call to call.
+
+
+@pytest.mark.usefixtures("_flex_attention_with_gradients")
+@pytest.mark.parametrize("first", [torch.inference_mode, FakeTensorMode])
+@pytest.mark.parametrize("layout", ["BNSD", "TND"])
+def test_training_works_after_inference_and_after_fake_tensors(layout, first):
+    size = 31 if first is FakeTensorMode else 29  # sizes of no other test
+    inputs = [to_layout(t, layout) for t in tensors(size, size, batch=1)]
+    options = {"layout": layout, "causal": True, "window": 2, "alibi_slopes": SLOPES}
+    if layout == "TND":
+        options |= {"cu_seqlens_q": (0, 9, size), "cu_seqlens_k": (0, 9, size)}
+    *shown, slopes = (t.detach() for t in (*inputs, SLOPES))
+    with first() as mode:
+        if mode is not None:
+            *shown, slopes = (mode.from_tensor(t) for t in (*shown, slopes))
+        flash_attention(*shown, **{**options, "alibi_slopes": slopes})
+
+    def outputs(backend):
+        return with_gradients(
+            lambda *qkv: flash_attention(*qkv, **options, backend=backend), inputs
+        )
+
+    assert_near(outputs(None), outputs("reference"))
+
+
+def test_where_tokens_stand_does_not_depend_on_the_default_device():
+    pattern = cuda.Pattern(5, 5, True, None, (0, 2, 5), (0, 1, 5), torch.device("cpu"))
+    with torch.device("meta"):
+        query, key, *sequences = cuda.places_of(pattern)
+    assert query.tolist() == [-1, 0, 1, 2, 3]
+    assert key.tolist() == [0, 0, 1, 2, 3]
+    assert [of.tolist() for of in sequences] == [[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]]
+
+
+# Torch's own flash kernel.
+
+
+def refuse(*_):
+    raise AssertionError("a fused kernel has this")
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"scale": 0.2}, {"keys": 1}])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_it_gives_the_log_sum_exp_of_what_it_covers(monkeypatch, options, transposed):
+    monkeypatch.setattr(cuda, "_flex", refuse)
+    keys = options.get("keys", 5)
+    options = {key: value for key, value in options.items() if key != "keys"}
+    sizes = {"keys": keys, "width": 8, "value_width": 8, "dtype": torch.bfloat16}
+    inputs = tensors(**sizes)
+    if transposed:
+        inputs = [t.detach().mT.contiguous().mT.requires_grad_() for t in inputs]
+    options = {**options, "layout": "BNSD", "return_lse": True}
+
+    def outputs(backend):
+        def attend(*qkv):
+            return flash_attention(*qkv, **options, backend=backend)[0]
+
+        return with_gradients(attend, inputs)
+
+    assert_near(outputs(None), outputs("reference"))
+    _, lse = flash_attention(*inputs, **options)
+    torch.testing.assert_close(lse, flash_attention(*inputs, **options, backend="reference")[1])
+
+
+def test_torch_takes_the_call_for_the_log_sum_exp_and_has_its_gradient(monkeypatch):
+    monkeypatch.setattr(cuda, "_ATEN", torch.ops.aten)
+    on_cuda = IMPLEMENTATIONS["flash_attention", "cuda"]
+    monkeypatch.setitem(IMPLEMENTATIONS, ("flash_attention", "meta"), on_cuda)
+    size = {"dtype": torch.bfloat16, "device": "meta", "requires_grad": True}
+    query = torch.empty(16, 2, 8, 64, **size)
+    key, value = (torch.empty(16, 2, 2, 64, **size) for _ in range(2))
+    options = {"layout": "SBND", "causal": True, "return_lse": True}
+    out, lse = flash_attention(query, key, value, **options)
+    found = torch.autograd.grad(out, (query, key, value), torch.empty_like(out))
+    assert out.shape == query.shape
+    assert (lse.shape, lse.dtype, lse.requires_grad) == ((2, 8, 16), torch.float32, False)
+    assert [t.shape for t in found] == [query.shape, key.shape, value.shape]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "grouped"),
+    [(torch.float32, 8, False), (torch.float16, 8, True), (torch.bfloat16, 264, False)],
+)
+def test_keys_are_repeated_where_no_fused_kernel_has_groups(monkeypatch, dtype, width, grouped):
+    attend, given = torch.nn.functional.scaled_dot_product_attention, []
+
+    def seen(query, key, value, **options):
+        given.append((key.shape[1], options["enable_gqa"]))
+        return attend(query, key, value, **options)
+
+    monkeypatch.setattr(cuda.F, "scaled_dot_product_attention", seen)
+    inputs = tensors(dtype=dtype, width=width, value_width=width)
+    found = flash_attention(*inputs, layout="BNSD", causal=True)
+    assert_near(
+        [found], [flash_attention(*inputs, layout="BNSD", causal=True, backend="reference")]
+    )
+    assert given == [(2, True) if grouped else (4, False)]
+
+
+@pytest.mark.parametrize("layout", ["BNSD", "SBH"])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_a_step_of_decoding_looks_at_its_window_only(monkeypatch, layout, return_lse):
+    monkeypatch.setattr(cuda, "_flex", refuse)
+    sizes = {"width": 8, "value_width": 8, "dtype": torch.float16}
+    inputs = [to_layout(t, layout) for t in tensors(1, 9, **sizes)]
+    options = {"layout": layout, "causal": True, "window": 3, "return_lse": return_lse}
+    options |= {"num_heads": 4} if layout == "SBH" else {}
+    found = flash_attention(*inputs, **options)
+    expected = flash_attention(*inputs, **options, backend="reference")
+    torch.testing.assert_close(found, expected, rtol=4e-3, atol=4e-3)
+
+
 # flash-attn.
+
+
+def test_a_broken_flash_attn_is_reported_and_not_used(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol: at')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    cuda._flash_attn_works.cache_clear()
+    with pytest.warns(UserWarning, match="flash_attn is installed, and broken: undefined symbol"):
+        assert not cuda._has_flash_attn()
+    assert not cuda._has_flash_attn()  # tried once
+    cuda._flash_attn_works.cache_clear()
+
+
+def test_without_flash_attn_nothing_is_reported(monkeypatch):
+    if find_spec("flash_attn") is not None:
+        pytest.skip("flash-attn is here")
+    monkeypatch.undo()
+    cuda._flash_attn_works.cache_clear()
+    assert not cuda._has_flash_attn()
 
 
 def visible(queries, keys, causal, window_size):
@@ -322,7 +537,8 @@ def test_flash_attn_is_not_used_for_what_it_does_not_cover(flash_attn, sizes, op
 # The gradients of a part of the keys.
 
 
-def test_torchs_flash_kernel_takes_the_backward_call():
+def test_torchs_flash_kernel_takes_the_backward_call(monkeypatch):
+    monkeypatch.setattr(cuda, "_ATEN", torch.ops.aten)
     with FakeTensorMode():
         size = {"dtype": torch.bfloat16, "device": "cuda"}
         query, out, gradient = (torch.empty(16, 2, 8, 64, **size) for _ in range(3))
@@ -331,6 +547,20 @@ def test_torchs_flash_kernel_takes_the_backward_call():
         given = (gradient, query, key, value, out, lse)
         found = flash_attention_backward(*given, layout="SBND", causal=True)
     assert [t.shape for t in found] == [query.shape, key.shape, value.shape]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_torchs_flash_kernel_is_given_rows_that_it_can_read(causal):
+    size = {"width": 8, "value_width": 8, "dtype": torch.bfloat16}
+    inputs = [t.detach().mT.contiguous().mT for t in tensors(**size)]
+    options = {"layout": "BNSD", "causal": causal}
+    reference = {**options, "backend": "reference"}
+    out, lse = flash_attention(*inputs, **reference, return_lse=True)
+    gradient = random(*out.shape, seed=9, dtype=torch.bfloat16).detach()
+    expected = flash_attention_backward(gradient, *inputs, out, lse, **reference)
+    sliced = torch.stack((lse, lse + 1), dim=-1)[..., 0]
+    found = flash_attention_backward(gradient, *inputs, out, sliced, **options)
+    assert_near(found, expected)
 
 
 @pytest.mark.parametrize("layout", ["BNSD", "SBH"])

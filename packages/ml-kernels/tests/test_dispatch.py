@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 
 import ml_kernels
@@ -131,6 +132,97 @@ def test_a_missing_device_says_why(device):
     with pytest.raises(BackendUnavailableError) as raised:
         ml_kernels.rms_norm(torch.ones(2, 4), torch.ones(4), eps=1e-5, backend=device)
     assert str(raised.value) == f"rms_norm: backend='{device}': {reason}"
+
+
+# Without Triton. A GPU is only claimed, which is enough to choose.
+
+
+@pytest.fixture
+def _without_triton(monkeypatch):
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda _: None)
+    monkeypatch.setattr(dispatch, "find_spec", lambda _: None)
+    monkeypatch.setattr(dispatch, "_lacks", {})
+
+
+def on_cuda():
+    with FakeTensorMode():
+        return torch.empty(2, 4, device="cuda")
+
+
+COMPILED = [
+    operator
+    for operator in dispatch.operators()
+    if IMPLEMENTATIONS.get((operator, "cuda"), "").startswith("ml_kernels.cuda.compiled:")
+]
+
+
+@pytest.mark.usefixtures("_without_triton")
+@pytest.mark.parametrize("operator", COMPILED)
+def test_what_is_compiled_needs_triton_where_it_is_named(operator):
+    assert why_not(operator, "cuda") == "the package triton is not installed"
+    refusal = f"{operator}: backend='cuda': the package triton is not installed"
+    with pytest.raises(BackendUnavailableError, match=refusal):
+        implementation(operator, on_cuda(), "cuda")
+    chosen = implementation(operator, on_cuda())
+    assert f"{chosen.__module__}:{chosen.__name__}" == IMPLEMENTATIONS[operator, "reference"]
+
+
+@pytest.mark.usefixtures("_without_triton")
+def test_a_missing_package_is_shown(capsys):
+    ml_kernels.available()
+    lines = capsys.readouterr().out.splitlines()
+    cells = {line.split()[0]: line.split()[1:] for line in lines[1 : len(dispatch.operators()) + 1]}
+    column = DEVICES.index("cuda")
+    assert [operator for operator in cells if cells[operator][column] == "no"] == COMPILED
+    for operator in COMPILED:
+        assert f"reference for {operator} on cuda: the package triton is not installed" in lines
+
+
+def test_with_triton_nothing_is_missing(monkeypatch):
+    monkeypatch.setattr(dispatch, "why_unavailable", lambda _: None)
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: name)
+    monkeypatch.setattr(dispatch, "_lacks", {})
+    assert all(why_not(operator, "cuda") is None for operator in COMPILED)
+    assert implementation("swiglu", on_cuda()).__module__ == "ml_kernels.cuda.compiled"
+    assert why_not("moe_permute", "cuda") is None
+
+
+# In a model that its owner compiles.
+
+SCRIPT = """
+import warnings
+warnings.simplefilter("error")
+# Of torch, which makes one itself.
+warnings.filterwarnings("ignore", "<class 'torch.autograd.function.Function'> should not be")
+import torch
+import ml_kernels as k
+
+x, w = torch.randn(4, 2, 32, requires_grad=True), torch.ones(32, requires_grad=True)
+angles, target = torch.randn(4, 1, 1, 8), torch.arange(8).view(4, 2)
+
+def model(x):
+    normed = k.rms_norm(x, w, eps=1e-5)
+    normed = k.layer_norm(normed, w, None, eps=1e-5, backend="cpu")
+    normed, more = k.add_rms_norm(normed, x, w, eps=1e-5)
+    heads = k.rotary_embedding(normed.unflatten(-1, (4, 8)), angles)
+    out = k.flash_attention(heads, heads, heads, layout="SBND", causal=True).flatten(2)
+    wide = torch.cat((out + more, k.gelu(out)), -1)
+    wide = k.swiglu(wide) + k.geglu(wide) + k.scaled_masked_softmax(out[None], None)[0]
+    loss = k.cross_entropy(wide, target).mean()
+    loss = loss + k.cross_entropy(out, target, backend="reference").sum()
+    return loss + k.linear_cross_entropy(wide, torch.ones(40, 32), target)
+
+compiled = torch.compile(model, fullgraph=True, backend="eager")(x)
+found = torch.autograd.grad(compiled, (x, w))
+plain = model(x)
+expected = torch.autograd.grad(plain, (x, w))
+torch.testing.assert_close((compiled, *found), (plain, *expected))
+"""
+
+
+def test_operators_are_a_part_of_a_graph_from_their_first_use_on():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_unknown_operators_and_backends_are_named_with_the_known_ones():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import time
 
@@ -45,3 +46,16 @@ def test_a_dead_rank_is_reported():
 def test_a_rank_that_hangs_is_named():
     with pytest.raises(RankFailedError, match=r"ranks \[0, 1\] not done in 1\.0 s"):
         run_ranks(on_rank_one, 2, lambda: time.sleep(60), timeout=1.0)
+
+
+def test_a_rank_outlives_its_function_until_all_are_done():
+    """Gloo fails on a rank that still connects to one that is gone."""
+
+    def has_ended():
+        ranks = [None, None]
+        torch.distributed.all_gather_object(ranks, os.getpid())
+        if torch.distributed.get_rank() == 0:
+            return False
+        return bool(select.select([os.pidfd_open(ranks[0])], [], [], 0.3)[0])
+
+    assert run_ranks(has_ended, 2) == [False, False]

@@ -59,6 +59,14 @@ def test_a_frozen_weight_gets_no_gradient(monkeypatch):
     assert_near([x.grad], [weight.sum(0).expand(4, 24)])
 
 
+def test_autocast_is_followed_as_torch_does():
+    inputs = [random(4, 24), random(16, 24, seed=1), random(16, seed=2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = ml_kernels.linear(*inputs), F.linear(*inputs)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert_near([found], [expected])
+
+
 def test_small_products_are_left_to_torch(monkeypatch):
     monkeypatch.setattr(cpu, "_prefers_onednn", lambda: True)
     monkeypatch.setattr(cpu, "_product", lambda _a, _b: pytest.fail("too small for it"))

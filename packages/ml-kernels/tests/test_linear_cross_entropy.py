@@ -257,6 +257,28 @@ def test_a_frozen_input_gets_no_gradient_and_the_other_the_same(trained):
         assert torch.equal(leaf.grad, expected) if train else leaf.grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("device", "backend"), RUNS)
+def test_autocast_casts_as_the_linear_layer_of_torch(device, backend, dtype):
+    hidden, weight = draw(9, 8, dtype=dtype).to(device), draw(11, 8, seed=2).to(device)
+    target = draw_target(9).to(device)
+
+    def ours(hidden, weight):
+        return ml_kernels.linear_cross_entropy(hidden, weight, target, backend=backend)
+
+    with torch.autocast(device, torch.bfloat16):
+        found = loss_and_gradients(ours, hidden, weight)
+    narrow = hidden.bfloat16().double(), weight.bfloat16().double()
+    expected = loss_and_gradients(lambda h, w: F.cross_entropy(h @ w.t(), target), *narrow)
+    assert [t.dtype for t in found] == [torch.float32, dtype, torch.float32]
+    assert_close(found, [t.cpu() for t in expected], TOLERANCE[torch.bfloat16])
+    with torch.autocast(device, torch.bfloat16):
+        exact = loss_and_gradients(ours, hidden.double(), weight.double())
+    assert [t.dtype for t in exact] == [torch.float64] * 3
+    with pytest.raises(TypeError, match=r"weight is torch\.float32: must be torch\.bfloat16"):
+        ours(hidden.bfloat16(), weight)
+
+
 HIDDEN, VOCABULARY, TOKENS = 32, 2000, 400
 LOGITS = 4 * TOKENS * VOCABULARY
 OF_WEIGHT, OF_HIDDEN = 4 * VOCABULARY * HIDDEN, 4 * TOKENS * HIDDEN

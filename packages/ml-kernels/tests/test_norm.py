@@ -285,6 +285,7 @@ def test_squares_beyond_the_range_of_float16_are_no_trouble(backend):
         (torch.ones(2, 8), torch.ones(8), -1.0, ValueError, r"eps -1.0: must be at least 0"),
         (torch.ones(2, 8).int(), torch.ones(8), EPS, TypeError, "x is torch.int32: must be float"),
         ([1.0], torch.ones(8), EPS, TypeError, "x is a list: must be a tensor"),
+        (torch.ones(2, 8), None, EPS, TypeError, "weight is a NoneType: must be a tensor"),
         (
             torch.ones(2, 8),
             torch.ones(8).half(),

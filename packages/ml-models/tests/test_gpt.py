@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -237,3 +238,22 @@ def test_mc2_is_used_where_it_is_asked_for(use_mc2):
     rows = {"ScatteringLinear"} if use_mc2 else {"RowLinear"}
     assert {kind for name, kind in linears.items() if name.endswith(("qkv", "fc1"))} == columns
     assert {kind for name, kind in linears.items() if name.endswith(("proj", "fc2"))} == rows
+
+
+def attention_asked_for(arch, **more):
+    chunks, *_ = build(arch, Topology())
+    attention = chunks[0].module.decoder.layers[0].self_attention.core_attention
+    heads = (arch.num_attention_heads, arch.query_groups, arch.query_groups)
+    query, key, value = (torch.randn(5, 1, n, arch.head_dim) for n in heads)
+    try:
+        return tuple(attention(query, key, value, None, **more).shape)
+    except ValueError as error:
+        return str(error)
+
+
+def test_attention_refuses_what_it_would_ignore():
+    assert run_ranks(attention_asked_for, 1, ARCH) == [(5, 1, ARCH.hidden_size)]
+    for name in ("attention_bias", "packed_seq_params"):
+        asked = functools.partial(attention_asked_for, **{name: torch.zeros(1)})
+        (found,) = run_ranks(asked, 1, ARCH)
+        assert found == "attention here is causal: no attention_bias, no packed_seq_params"

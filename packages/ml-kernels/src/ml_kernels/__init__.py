@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         rotary_frequencies,
         yarn_frequencies,
     )
-    from ml_kernels.linear import linear
+    from ml_kernels.linear_layer import linear
     from ml_kernels.loss import cross_entropy, linear_cross_entropy
     from ml_kernels.modules import GEGLU, GELU, LayerNorm, RMSNorm, SwiGLU
     from ml_kernels.moe import grouped_matmul, moe_permute, moe_unpermute, topk_gating
@@ -66,7 +66,7 @@ _MODULES = {
     "grouped_matmul": "moe",
     "join_float32": "precision",
     "layer_norm": "norm",
-    "linear": "linear",
+    "linear": "linear_layer",
     "linear_cross_entropy": "loss",
     "linear_frequencies": "frequencies",
     "llama3_frequencies": "frequencies",

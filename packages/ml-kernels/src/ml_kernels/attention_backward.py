@@ -67,14 +67,19 @@ def flash_attention_backward(
         TypeError: A dtype does.
         BackendUnavailableError: The implementation cannot run here, or has no kernel for this.
     """
-    call = checked_call(
-        query, key, value,
-        layout=layout, num_heads=num_heads, causal=causal, window=window, mask=mask,
-        alibi_slopes=None, alibi_form="square",
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        scale=scale, dropout_p=0.0, sinks=None, return_lse=True,
-    )  # fmt: skip
-    check_known(gradient, query, value, out, lse, call)
+    try:
+        call = checked_call(
+            query, key, value,
+            layout=layout, num_heads=num_heads, causal=causal, window=window, mask=mask,
+            alibi_slopes=None, alibi_form="square",
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            scale=scale, dropout_p=0.0, sinks=None, return_lse=True,
+        )  # fmt: skip
+        check_known(gradient, query, value, out, lse, call)
+    except (ValueError, TypeError) as error:
+        # The checks are those of the forward pass, and name it.
+        problem = str(error).removeprefix("flash_attention: ")
+        raise type(error)(f"flash_attention_backward: {problem}") from None
     backward = implementation("flash_attention_backward", query, backend)
     if not (query.numel() and key.numel() and value.numel()):
         backward = attention_backward_reference  # kernels need something to compute

@@ -271,4 +271,4 @@ def _accumulate(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tenso
 def _graph_is_kept() -> bool:
     """Tell whether backward may run again. torch has no public way to ask: else say it may."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if ask is None else bool(ask())
+    return True if ask is None or torch.compiler.is_compiling() else bool(ask())

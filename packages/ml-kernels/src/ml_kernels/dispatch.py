@@ -3,15 +3,18 @@
 A dict look-up costs about a microsecond; registering torch custom operators costs ten to thirty.
 Implementations are named as "module:function" and imported when first used, so that no back end
 is loaded on a machine that lacks it. `available()` shows the table, and why anything is missing.
+
+Where a device has no implementation of its own, or that lacks a package, the reference runs unless
+a backend is named: a named one runs or is refused.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ml_kernels.device import why_unavailable
 
@@ -69,7 +72,7 @@ IMPLEMENTATIONS: dict[tuple[str, str], str] = {
     ("linear", "cpu"): "ml_kernels.cpu.linear:linear",
     ("linear", "cuda"): "ml_kernels.fused:linear",
     ("linear", "npu"): "ml_kernels.fused:linear",
-    ("linear", "reference"): "ml_kernels.linear:linear_reference",
+    ("linear", "reference"): "ml_kernels.linear_layer:linear_reference",
     ("linear_cross_entropy", "cpu"): "ml_kernels.chunked_loss:linear_cross_entropy",
     ("linear_cross_entropy", "cuda"): "ml_kernels.chunked_loss:linear_cross_entropy",
     ("linear_cross_entropy", "npu"): "ml_kernels.chunked_loss:linear_cross_entropy",
@@ -119,15 +122,57 @@ WITHOUT: dict[tuple[str, str], str] = {
 }
 """Why a device goes through the reference, where it has no implementation of its own."""
 
+_PACKAGES: dict[str, str] = {"ml_kernels.cuda.compiled": "triton"}
+"""What a module needs besides its device. Attention asks for Triton itself, where it needs it."""
+
+
+class _Slot:
+    """For an implementation, once it is imported."""
+
+    function: Callable[..., Any]
+
+
+# Not one dict that grows: torch.compile would see it as it was when a graph's first operator did.
+_slots: dict[str, _Slot] = {target: _Slot() for target in IMPLEMENTATIONS.values()}
+_lacks: dict[str, str | None] = {}
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
 
 class BackendUnavailableError(ValueError):
     """An implementation was asked for and cannot run here, or not with these arguments."""
 
 
-@cache
+def constant(function: _Function) -> _Function:
+    """Let `torch.compile` call a function while it traces, and keep the answer.
+
+    It is `torch.compiler.assume_constant_result`, without importing torch for a look at the table.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
 def _load(target: str) -> Callable[..., Any]:
-    module, _, function = target.partition(":")
-    return getattr(import_module(module), function)
+    _import(target)
+    return _slots[target].function
+
+
+@constant
+def _import(target: str) -> None:
+    slot = _slots[target]
+    if not hasattr(slot, "function"):
+        module, _, function = target.partition(":")
+        slot.function = getattr(import_module(module), function)
+
+
+@constant
+def _lack(target: str) -> str | None:
+    """Say which package an implementation lacks, None if it has all."""
+    if target not in _lacks:
+        package = _PACKAGES.get(target.partition(":")[0])
+        missing = package is not None and find_spec(package) is None
+        _lacks[target] = f"the package {package} is not installed" if missing else None
+    return _lacks[target]
 
 
 def operators() -> list[str]:
@@ -135,6 +180,7 @@ def operators() -> list[str]:
     return sorted({operator for operator, _ in IMPLEMENTATIONS})
 
 
+@constant
 def why_not(operator: str, backend: Backend) -> str | None:
     """Say why `backend` cannot run `operator` here, or None when it can."""
     if (operator, "reference") not in IMPLEMENTATIONS:
@@ -146,7 +192,7 @@ def why_not(operator: str, backend: Backend) -> str | None:
     if (operator, backend) not in IMPLEMENTATIONS:
         reason = WITHOUT[operator, backend]
         return f"{operator} has no {backend} implementation ({reason})"
-    return why_unavailable(backend)
+    return why_unavailable(backend) or _lack(IMPLEMENTATIONS[operator, backend])
 
 
 def available() -> None:
@@ -155,19 +201,21 @@ def available() -> None:
 
 
 def _table() -> Iterator[str]:
-    missing = {device: why_unavailable(device) for device in DEVICES}
     yield f"{'operator':26}" + "".join(f"{device:11}" for device in DEVICES).rstrip()
+    missing = {device: why_unavailable(device) for device in DEVICES}
+    lacks: dict[tuple[str, str], str] = {}
     for operator in operators():
-        cells = (
-            "reference" if (operator, device) not in IMPLEMENTATIONS
-            else "yes" if missing[device] is None
-            else "no"
-            for device in DEVICES
-        )  # fmt: skip
-        yield f"{operator:26}" + "".join(f"{cell:11}" for cell in cells).rstrip()
+        row = ""
+        for device in DEVICES:
+            target = IMPLEMENTATIONS.get((operator, device))
+            reason = missing[device] or (target and _lack(target))
+            if target and reason and not missing[device]:
+                lacks[operator, device] = reason
+            row += f"{'no' if target and reason else 'yes' if target else 'reference':11}"
+        yield f"{operator:26}{row}".rstrip()
     yield from (f"no {device}: {reason}" for device, reason in missing.items() if reason)
-    for (operator, device), reason in WITHOUT.items():
-        yield f"reference for {operator} on {device}: {reason}"
+    for (operator, lacking), reason in {**lacks, **WITHOUT}.items():
+        yield f"reference for {operator} on {lacking}: {reason}"
 
 
 def implementation(
@@ -180,7 +228,9 @@ def implementation(
     """
     if backend is None:
         target = IMPLEMENTATIONS.get((operator, tensor.device.type))
-        return _load(target or IMPLEMENTATIONS[operator, "reference"])
+        if target is None or _lack(target):
+            target = IMPLEMENTATIONS[operator, "reference"]
+        return _load(target)
     reason = why_not(operator, backend)
     if reason is None and backend not in ("reference", tensor.device.type):
         reason = f"the tensors are on {tensor.device.type}"

@@ -36,6 +36,11 @@ def from_heads_first(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     return x.flatten(2) if layout in ("SBH", "BSH") else x
 
 
+def rows_of_numbers(x: torch.Tensor) -> torch.Tensor:
+    """Return `x` with its channels side by side, which torch's kernels take for granted."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def of_equal_width(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

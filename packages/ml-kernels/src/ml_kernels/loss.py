@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ml_kernels.checks import check_floating, check_same_device, check_same_dtype, require
 from ml_kernels.dispatch import Backend, implementation
+from ml_kernels.linear_layer import as_autocast_has
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -75,6 +76,8 @@ def linear_cross_entropy(
     Liger Kernel, arXiv:2410.10989). So the forward pass does the work of both, and backward only
     scales; without gradients (`torch.no_grad`, frozen inputs) only the loss is computed.
 
+    Under `torch.autocast` the product is one of its dtype, as that of `torch.nn.Linear`.
+
     Args:
         hidden: `(..., H)`.
         weight: `(V, H)` in the dtype of `hidden`, as of `torch.nn.Linear`.
@@ -95,6 +98,7 @@ def linear_cross_entropy(
         TypeError: The dtypes do not fit.
     """
     operator = "linear_cross_entropy"
+    hidden, weight = as_autocast_has(hidden), as_autocast_has(weight)
     _check_linear(operator, hidden, weight)
     group = _of_several(group)
     _check_target(operator, target, hidden, weight.shape[0], ignore_index, group)
@@ -205,7 +209,8 @@ def _check_target(
         raise TypeError(f"{operator}: target is {target.dtype}: must be torch.int64")
     check_same_device(operator, "target", target, like)
     require(columns > 0, operator, "vocabulary", columns, "must have an entry at least")
-    if target.device.type == "cpu" and target.numel():
+    looks = target.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and target.numel():
         whole = columns if group is None else columns * group.size()
         _check_range(operator, target, whole, ignore_index)
 

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from ml_kernels.checks import check_floating, check_same_device, check_same_dtype, require
-from ml_kernels.dispatch import Backend, implementation
+from ml_kernels.dispatch import Backend, BackendUnavailableError, implementation
 
 Score = Literal["softmax", "sigmoid"]
 Order = Literal["score_first", "topk_first"]
@@ -73,7 +73,9 @@ def topk_gating(
             and not when weighing, without a gradient: balancing without a loss (arXiv:2408.15664).
         renormalize: Divide the chosen scores by their sum.
         scaling_factor: Multiplies the weights, last.
-        backend: Force an implementation by name.
+        backend: Force an implementation by name. What no kernel of an NPU computes, such as sigmoid
+            scores that are not renormalised, goes through torch's formula there, or is refused if
+            "npu" is named.
 
     Returns:
         Weights `(T, K)` float32 (float64 for float64 logits), differentiable in the logits, and the
@@ -82,12 +84,19 @@ def topk_gating(
     Raises:
         ValueError: Sizes do not fit or options contradict each other.
         TypeError: A tensor is not floating point.
+        BackendUnavailableError: The named backend cannot compute this.
     """
     gating = Gating(
         k, score, order, num_groups, group_topk, group_score, renormalize, scaling_factor
     )
     _check_gating(logits, selection_bias, gating)
-    probs, indices = implementation("topk_gating", logits, backend)(logits, selection_bias, gating)
+    run = implementation("topk_gating", logits, backend)
+    try:
+        probs, indices = run(logits, selection_bias, gating)
+    except BackendUnavailableError:
+        if backend is not None:
+            raise
+        return topk_gating_reference(logits, selection_bias, gating)
     return probs, indices
 
 

@@ -119,6 +119,7 @@ def layer_norm(
 def _check(operator: str, x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
     check_floating(operator, "x", x)
     require(x.dim() > 0, operator, "x", (), "must have at least one dimension")
+    check_floating(operator, "weight", weight)
     check_weight(operator, "weight", weight, x)
     require(eps >= 0, operator, "eps", eps, "must be at least 0")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ml_kernels.checks import check_floating, check_same_device, require
-from ml_kernels.dispatch import Backend, implementation
+from ml_kernels.dispatch import Backend, BackendUnavailableError, implementation
 
 
 def scaled_masked_softmax(
@@ -24,7 +24,8 @@ def scaled_masked_softmax(
         x: `(B, N, Sq, Sk)`; the softmax is taken in float32 and rounded once.
         mask: bool, broadcastable to `x`, True where a key is hidden; or None.
         scale: Factor of the scores.
-        backend: Force an implementation by name.
+        backend: Force an implementation by name. An NPU's kernel takes lengths that are multiples
+            of 32 up to 4096: others go through torch's formula, or are refused if "npu" is named.
 
     Returns:
         `(B, N, Sq, Sk)` in the dtype of `x`; 0 in a row whose keys are all hidden.
@@ -32,6 +33,7 @@ def scaled_masked_softmax(
     Raises:
         ValueError: Shapes or devices do not fit.
         TypeError: `x` is not floating point or `mask` is not bool.
+        BackendUnavailableError: The named backend cannot compute this.
     """
     operator = "scaled_masked_softmax"
     check_floating(operator, "x", x)
@@ -42,7 +44,13 @@ def scaled_masked_softmax(
         check_same_device(operator, "mask", mask, x)
         rule = f"must be broadcastable to x {tuple(x.shape)}"
         require(_broadcasts(mask, x), operator, "mask", tuple(mask.shape), rule)
-    return implementation(operator, x, backend)(x, mask, scale)
+    run = implementation(operator, x, backend)
+    try:
+        return run(x, mask, scale)
+    except BackendUnavailableError:
+        if backend is not None:
+            raise
+        return scaled_masked_softmax_reference(x, mask, scale)
 
 
 def scaled_masked_softmax_reference(

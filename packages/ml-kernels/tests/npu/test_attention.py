@@ -18,14 +18,6 @@ FORWARD, BACKWARD = "npu_fusion_attention", "npu_fusion_attention_grad"
 LAYOUTS = ("SBND", "SBH", "BSH", "BSND", "BNSD")
 
 
-@pytest.fixture(autouse=True)
-def _own_triangle():
-    """A mask made of fake tensors must not outlive them."""
-    npu._triangle.cache_clear()
-    yield
-    npu._triangle.cache_clear()
-
-
 def shaped(layout, batch, length, heads, width):
     sizes = {"B": batch, "S": length, "N": heads, "D": width, "H": heads * width, "T": length}
     return tuple(sizes[letter] for letter in layout)
@@ -412,3 +404,25 @@ def test_nothing_to_attend_to_needs_no_kernel():
         out.sum().backward()
     assert not calls
     assert out.shape == query.grad.shape == (0, 4, 9, 8)
+
+
+def test_the_mask_of_one_call_serves_any_later_one(monkeypatch):
+    monkeypatch.setattr(npu, "_triangles", {})
+
+    def train(*tensors):
+        leaves = [t.requires_grad_() for t in tensors]
+        out = flash_attention(*leaves, layout="BNSD", causal=True)
+        out.sum().backward()
+        return out
+
+    shapes = [(1, 2, 9, 8)] * 3
+    with fake_npu():
+        train(*(fake(*shape) for shape in shapes))
+    with torch.inference_mode():
+        flash_attention(*(simulated(random(*s)) for s in shapes), layout="BNSD", causal=True)
+    out = train(*(simulated(random(*shape)) for shape in shapes))
+    assert to_cpu(out).isfinite().all()
+    kept = npu._triangles[out.device]
+    with fake_npu():
+        train(*(fake(*shape) for shape in shapes))
+    assert npu._triangles == {out.device: kept}

@@ -290,14 +290,43 @@ def test_a_wrong_gating_call_is_noticed(case, change):
         compare_gating(options)
 
 
-def test_gating_of_no_tokens_and_of_too_many_experts_goes_through_torch():
+def test_gating_of_no_tokens_calls_no_kernel():
     with recorded_calls() as calls:
-        probs, indices = ml_kernels.topk_gating(simulated(torch.zeros(0, EXPERTS)), 2)
-        assert (probs.shape, indices.shape) == ((0, 2), (0, 2))
-        bias = simulated(torch.zeros(2049))
-        ml_kernels.topk_gating(simulated(torch.zeros(1, 2049)), 2, selection_bias=bias)
-        wide = simulated(torch.zeros(1, 195))  # 65 groups of 3, each rounded up to 32: 2080
-        ml_kernels.topk_gating(wide, 2, num_groups=65, group_topk=1)
+        for backend in (None, "npu"):
+            logits = simulated(torch.zeros(0, EXPERTS))
+            probs, indices = ml_kernels.topk_gating(logits, 2, backend=backend)
+            assert (probs.shape, indices.shape) == ((0, 2), (0, 2))
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "k", "options", "message"),
+    [
+        ((2, 12), 3, {"score": "sigmoid"}, "score sigmoid: on an NPU needs renormalize=True"),
+        ((2, 12), 3, {"order": "topk_first", "num_groups": 4, "group_topk": 2}, "order topk_first"),
+        ((2, 12), 3, {"order": "topk_first", "selection_bias": True}, "takes .* no selection_bias"),
+        ((2, 1200), 1025, {"order": "topk_first"}, "takes .* at most 1024 choices"),
+        ((2, 12), 3, {"num_groups": 6, "group_topk": 3}, "must have 3 experts at least"),
+        ((1, 2049), 2, {"selection_bias": True}, r"logits \(1, 2049\): .* 2048 at most"),
+        # 65 groups of 3, each rounded up to 32: 2080
+        ((1, 195), 2, {"num_groups": 65, "group_topk": 1}, r"logits \(1, 195\): .* 2048 at most"),
+        ((2, 12), 3, {"dtype": torch.float64}, r"logits is torch\.float64"),
+    ],
+)
+def test_gating_that_no_kernel_computes_is_refused_if_named_and_else_torchs(
+    shape, k, options, message
+):
+    options = dict(options)
+    logits = simulated(torch.randn(shape, dtype=options.pop("dtype", None)))
+    if options.pop("selection_bias", False):
+        options["selection_bias"] = simulated(torch.zeros(shape[1]))
+    with recorded_calls() as calls:
+        with pytest.raises(BackendUnavailableError, match=f"topk_gating: .*{message}"):
+            ml_kernels.topk_gating(logits, k, **options, backend="npu")
+        found = ml_kernels.topk_gating(logits, k, **options)
+        expected = ml_kernels.topk_gating(logits, k, **options, backend="reference")
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(to_cpu(one), to_cpu(other))
     assert calls == []
 
 

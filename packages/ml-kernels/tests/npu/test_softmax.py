@@ -117,6 +117,20 @@ def test_lengths_outside_the_documented_limits_are_refused(shape):
         compare(scores(*shape), None)
 
 
+def test_lengths_outside_them_go_through_torch_where_no_backend_is_named():
+    mask = causal(5, 7)
+
+    def call(x, backend):
+        on_npu = backend == "npu"
+        return ml_kernels.scaled_masked_softmax(
+            x, simulated(mask) if on_npu else mask, scale=0.5, backend=None if on_npu else backend
+        )
+
+    with recorded_calls() as calls:
+        assert_like_reference(call, scores(2, 3, 5, 7))
+    assert calls == []
+
+
 def test_float64_is_refused():
     with pytest.raises(ml_kernels.BackendUnavailableError, match=r"x torch\.float64"):
         compare(scores(1, 1, 32, 32).double(), None)

@@ -53,9 +53,18 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         key: torch.Tensor,
         value: torch.Tensor,
         _attention_mask: torch.Tensor | None = None,
+        *,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: object = None,
         **_unused: Any,
     ) -> torch.Tensor:
-        """Return `(S, B, N * D)` from query `(S, B, N, D)`, key and value `(S, B, G, D)`."""
+        """Return `(S, B, N * D)` from query `(S, B, N, D)`, key and value `(S, B, G, D)`.
+
+        Raises:
+            ValueError: megatron-core asks for what is not computed here.
+        """
+        if attention_bias is not None or packed_seq_params is not None:
+            raise ValueError("attention here is causal: no attention_bias, no packed_seq_params")
         dropout = self.dropout if self.training else 0.0
         # Heads differ between tensor-parallel ranks, so their dropout must too.
         fork = get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext()

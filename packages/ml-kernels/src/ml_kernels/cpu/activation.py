@@ -85,7 +85,7 @@ class _Gated(torch.autograd.Function):
             torch.mul(by, up, out=of_gate)
             _activate_backward(of_gate, gate, ctx.function)
             if of_bias is not None:
-                of_bias += out.sum(0)
+                of_bias += out.sum(0, dtype=wide)
         return of_x, None if of_bias is None else of_bias.to(bias.dtype), None
 
 

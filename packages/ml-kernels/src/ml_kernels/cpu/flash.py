@@ -20,6 +20,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ml_kernels.cpu import causal
+from ml_kernels.layouts import rows_of_numbers
 
 _ATEN = torch.ops.aten
 _Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -62,7 +63,7 @@ def attend(
         The output, and the log-sum-exp `(B, N, Sq)` float32 of what the kernel saw: without the
         offsets of the tiles, and 0 for blind queries.
     """
-    query, key, value = (_rows_of_numbers(t) for t in (query, key, value))
+    query, key, value = (rows_of_numbers(t) for t in (query, key, value))
     plain = sinks is None and _is_whole(tiles, query, key)
     if plain and not (torch.is_grad_enabled() and _has_faster_gradients(query, tiles[0])):
         return _forward(query, key, value, None, scale, tiles[0])  # torch has the derivative
@@ -145,7 +146,7 @@ def gradients(
         tiles: As in `attend`.
     """
     gradient, query, key, value, out = (
-        _rows_of_numbers(t) for t in (gradient, query, key, value, out)
+        rows_of_numbers(t) for t in (gradient, query, key, value, out)
     )
     if _is_whole(tiles, query, key):
         return _backward(gradient, query, key, value, out, lse, scale, tiles[0])
@@ -167,11 +168,6 @@ def _is_whole(tiles: Sequence[Tile], query: torch.Tensor, key: torch.Tensor) -> 
         return False
     rows, keys = tiles[0].queries, tiles[0].keys
     return rows == slice(0, query.shape[2]) and keys == slice(0, key.shape[2])
-
-
-def _rows_of_numbers(x: torch.Tensor) -> torch.Tensor:
-    """Return `x` with its channels side by side: the kernel takes that for granted."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _forward(

@@ -4,6 +4,11 @@ sdpa covers square causal and full attention. The package flash-attn, if it is i
 windows, packed sequences and ALiBi in half precision. Flex attention, a kernel that torch compiles
 around the functions below when it is first needed, covers all but dropout.
 
+What no fused kernel covers runs the unfused formula of the reference, with the matrix of scores in
+memory: float64; and the gradients of a part of the keys, except in half precision, full or square
+causal, without a mask, a window or packed sequences, in one head dimension that is a multiple of 8
+and 256 at most. Dropout together with a mask or a window takes a mask as large as the scores.
+
 Shapes: `B` batch, `N` query heads, `Sq`, `Sk` query and key lengths, `D` head dimension, `T` the
 tokens of all sequences; heads first inside.
 """
@@ -12,8 +17,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -25,12 +31,17 @@ from ml_kernels.alibi import alibi_bias
 from ml_kernels.attention import attention_reference, by_sequence
 from ml_kernels.attention_backward import Gradients, attention_backward_reference
 from ml_kernels.attention_call import AttentionCall, Result, hidden_keys
-from ml_kernels.dispatch import BackendUnavailableError
-from ml_kernels.layouts import from_heads_first, heads_first, of_equal_width
+from ml_kernels.cuda import graphs
+from ml_kernels.dispatch import BackendUnavailableError, constant
+from ml_kernels.kept import kept
+from ml_kernels.layouts import from_heads_first, heads_first, of_equal_width, rows_of_numbers
 
+_ATEN = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
 _WIDEST_FLASH_HEAD = 256
 _NARROWEST_FLEX_HEAD = 16
+
+_spec_of = cache(importlib.util.find_spec)
 
 Mod = Callable[..., torch.Tensor]
 """A function of indices of batch, head, query and key, as flex attention takes them."""
@@ -42,8 +53,12 @@ def flash_attention(
     """See `ml_kernels.flash_attention`."""
     if query.dtype == torch.float64:
         return attention_reference(query, key, value, call)  # no fused kernel of torch has it
-    q = heads_first(query, call.layout, call.heads)
-    k, v = (heads_first(t, call.layout, call.groups) for t in (key, value))
+    heads = call.heads, call.groups, call.groups
+    tensors = zip((query, key, value), heads, strict=True)
+    q, k, v = (rows_of_numbers(heads_first(t, call.layout, n)) for t, n in tensors)
+    if call.window is not None and _is_step(call):
+        k, v = (t[:, :, call.keys - call.window :] for t in (k, v))
+        call = call._replace(keys=call.window, window=None)
     attend = _kernel_for(q, v, call)
     if attend is _sdpa and call.layout == "TND":
         return by_sequence(flash_attention, query, key, value, call)
@@ -70,11 +85,13 @@ def flash_attention_backward(
     k, v = (heads_first(t, call.layout, call.groups) for t in (key, value))
     if not _torchs_flash_covers(q, v, call):
         return attention_backward_reference(gradient, query, key, value, out, lse, call)
-    g, q, k, v, o = (t.transpose(1, 2) for t in (g, q, k, v, o))  # (B, S, N, D)
+    g, q, k, v, o = (rows_of_numbers(t.transpose(1, 2)) for t in (g, q, k, v, o))  # (B, S, N, D)
     # The random state of a dropout of 0: not looked at.
     state, unused = (query.new_empty(shape, dtype=torch.uint64) for shape in ((2,), ()))
-    found = torch.ops.aten._flash_attention_backward(
-        *(g, q, k, v, o, lse, None, None, call.queries, call.keys, 0.0, call.causal),
+    found = _ATEN._flash_attention_backward(
+        # It reads the log-sum-exp without looking at strides.
+        *(g, q, k, v, o, lse.contiguous()),
+        *(None, None, call.queries, call.keys, 0.0, _is_triangle(call)),
         *(state, unused),
         scale=call.scale,
     )
@@ -82,13 +99,34 @@ def flash_attention_backward(
     return of_query, of_key, of_value
 
 
+def _is_step(call: AttentionCall) -> bool:
+    """Say whether it is a step of decoding, which needs nothing of the keys before its window."""
+    plain = call.mask is None and call.alibi_slopes is None and call.layout != "TND"
+    return plain and call.queries == 1
+
+
+def _is_triangle(call: AttentionCall) -> bool:
+    """Say whether causality, aligned at the first key as torch's kernels do, hides a key."""
+    return call.causal and call.queries > 1
+
+
 def _torchs_flash_covers(query: torch.Tensor, value: torch.Tensor, call: AttentionCall) -> bool:
-    """Say whether torch's flash kernel has the backward pass; heads first."""
-    width = query.shape[-1]
-    if call.layout == "TND" or _needs_mask(call) or (call.causal and call.queries != call.keys):
+    """Say whether torch's flash kernel, called by itself, takes these; heads first."""
+    if call.layout == "TND" or _needs_mask(call) or value.shape[-1] != query.shape[-1]:
         return False
-    fits = width % 8 == 0 and width <= _WIDEST_FLASH_HEAD and value.shape[-1] == width
-    return fits and query.dtype in _HALF
+    return query.shape[-1] % 8 == 0 and _has_torchs_flash(query)
+
+
+def _has_torchs_flash(query: torch.Tensor) -> bool:
+    """Say whether torch's flash kernel is for this dtype, head dimension and GPU."""
+    fits = query.dtype in _HALF and query.shape[-1] <= _WIDEST_FLASH_HEAD
+    return fits and _is_ampere(query.device)
+
+
+@constant
+def _is_ampere(device: torch.device) -> bool:
+    """Say whether a GPU is of the generation of the A100 or newer."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _kernel_for(
@@ -104,6 +142,9 @@ def _kernel_for(
         return _sdpa
     if _flash_attn_covers(query, value, call):
         return _flash_attn
+    biased = call.alibi_slopes is not None or call.sinks is not None or call.dropout_p > 0
+    if not biased and _torchs_flash_covers(query, value, call):
+        return _torchs_flash
     return _sdpa if call.dropout_p else _flex
 
 
@@ -118,24 +159,38 @@ def _sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
 ) -> tuple[torch.Tensor, None]:
     query, key, value = of_equal_width(query, key, value)
-    if not _needs_mask(call) and call.alibi_slopes is None:
+    grouped = call.heads != call.groups
+    masked = _needs_mask(call) or call.alibi_slopes is not None
+    if grouped and (masked or not _has_torchs_flash(query)):
+        # Of the fused kernels only flash has grouped heads, and that takes no mask.
+        key, value = (t.repeat_interleave(call.heads // call.groups, dim=1) for t in (key, value))
+        grouped = False
+    if not masked:
         out = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            is_causal=call.causal and call.queries > 1,
+            is_causal=_is_triangle(call),
             dropout_p=call.dropout_p,
             scale=call.scale,
-            enable_gqa=call.heads != call.groups,
+            enable_gqa=grouped,
         )
         return out, None
-    # Only the kernel without grouped heads takes a mask and is fused.
-    key, value = (t.repeat_interleave(call.heads // call.groups, dim=1) for t in (key, value))
     bias, blind = _bias(query, call)
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=bias, dropout_p=call.dropout_p, scale=call.scale
     )
     return out.masked_fill(blind[..., None], 0.0), None
+
+
+def _torchs_flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what sdpa does not: the log-sum-exp."""
+    out, lse, *_ = _ATEN._scaled_dot_product_flash_attention(
+        query, key, value, 0.0, _is_triangle(call), scale=call.scale
+    )
+    return out, lse
 
 
 def _bias(query: torch.Tensor, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,9 +206,22 @@ def _bias(query: torch.Tensor, call: AttentionCall) -> tuple[torch.Tensor, torch
     return bias.to(query.dtype).expand(call.batch, call.heads, -1, -1), blind
 
 
-@cache
+@constant
 def _has_flash_attn() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+    return _flash_attn_works()
+
+
+@cache
+def _flash_attn_works() -> bool:
+    """Say whether flash-attn can be imported: built for another torch, it is there and cannot."""
+    try:
+        importlib.import_module("flash_attn")
+    except ImportError as error:
+        if not isinstance(error, ModuleNotFoundError) or error.name != "flash_attn":
+            problem = f"flash_attn is installed, and broken: {error}"
+            warnings.warn(f"{problem}; torch's flex attention runs instead", stacklevel=2)
+        return False
+    return True
 
 
 def _flash_attn_covers(query: torch.Tensor, value: torch.Tensor, call: AttentionCall) -> bool:
@@ -199,7 +267,7 @@ def _flash_attn(
     return flash_attn.flash_attn_func(*tensors, **options).transpose(1, 2), None
 
 
-@lru_cache(maxsize=8)
+@kept(8)
 def _on_device(ends: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Return cumulative lengths as flash-attn takes them: one copy for all layers of a model."""
     return torch.tensor(ends, dtype=torch.int32, device=device)
@@ -232,19 +300,25 @@ def _flex(
     return (out * torch.sigmoid(lse - call.sinks[:, None])[..., None]).to(out.dtype), None
 
 
-@cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function of torch's flex attention, once in this process, when it is needed.
+
+    It must not run uncompiled, where it holds the matrix of scores.
 
     Raises:
         BackendUnavailableError: There is no Triton, to which torch compiles it.
     """
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         raise BackendUnavailableError(
             "flash_attention: this combination needs torch's flex attention, which needs the "
             "package triton on CUDA; use backend='reference'"
         )
-    return torch.compile(function)
+    return graphs.compiled(function)
+
+
+@constant
+def _has_triton() -> bool:
+    return _spec_of("triton") is not None
 
 
 class Pattern(NamedTuple):
@@ -276,18 +350,20 @@ def pattern_of(call: AttentionCall, device: torch.device) -> Pattern:
     return Pattern(call.queries, call.keys, call.causal, call.window, *ends, device)
 
 
-@lru_cache(maxsize=8)
+@kept(8)
 def places_of(pattern: Pattern) -> Places:
     """Return where the queries and keys of a pattern stand."""
     queries, keys, device = pattern.queries, pattern.keys, pattern.device
     if pattern.ends_q is None or pattern.ends_k is None:
         query = torch.arange(keys - queries, keys, device=device)
         return Places(query, torch.arange(keys, device=device))
-    ends_q, ends_k = torch.tensor(pattern.ends_q), torch.tensor(pattern.ends_k)
-    of_query, of_key = (torch.repeat_interleave(ends.diff()) for ends in (ends_q, ends_k))
+    # On the CPU, whatever the default device: they are small, and their sums sizes.
+    ends_q, ends_k = (torch.tensor(e, device="cpu") for e in (pattern.ends_q, pattern.ends_k))
+    of_query = torch.repeat_interleave(ends_q.diff(), output_size=queries)
+    of_key = torch.repeat_interleave(ends_k.diff(), output_size=keys)
     # The last query of a sequence stands at its last key.
-    query = torch.arange(queries) + (ends_k.diff() - ends_q[1:])[of_query]
-    key = torch.arange(keys) - ends_k[of_key]
+    query = torch.arange(queries, device="cpu") + (ends_k.diff() - ends_q[1:])[of_query]
+    key = torch.arange(keys, device="cpu") - ends_k[of_key]
     return Places(*(t.to(device) for t in (query, key, of_query, of_key)))
 
 
@@ -338,7 +414,7 @@ def _block_mask(pattern: Pattern, call: AttentionCall) -> flex.BlockMask | None:
     return compiled(flex.create_block_mask)(mod, *sizes, device=pattern.device)
 
 
-@lru_cache(maxsize=8)
+@kept(8)
 def _cached_block_mask(pattern: Pattern) -> flex.BlockMask | None:
     mod = mask_mod(pattern, None)
     if mod is None:

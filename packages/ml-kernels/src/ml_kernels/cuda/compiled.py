@@ -2,24 +2,25 @@
 
 They are chains of elementwise operations and row sums, whose time on a GPU goes into memory
 traffic: a compiled one reads its inputs once and writes its output once, forward and backward. Each
-is compiled when first called, for sizes that may vary, and again for another dtype.
+is compiled when first called, for sizes that may vary, and again for another dtype. torch compiles
+to Triton; where that is missing, `ml_kernels.dispatch` does not come here.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ml_kernels import chunked_loss
 from ml_kernels.activation import (
     Approximation,
     geglu_reference,
     gelu_reference,
     swiglu_reference,
 )
+from ml_kernels.cuda import graphs
 from ml_kernels.loss import cross_entropy_reference
 from ml_kernels.norm import add_rms_norm_reference, rms_norm_reference
 from ml_kernels.rotary import rotary_embedding_reference
@@ -29,15 +30,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-@cache
 def compiled(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a reference, once in this process; the work is done when it is first called.
-
-    torch needs Triton for that, which not every installation has: without it the reference runs.
-    """
-    if importlib.util.find_spec("triton") is None:
-        return reference
-    return torch.compile(reference, dynamic=True)
+    """Compile a reference, once in this process, for sizes that may vary."""
+    return graphs.compiled(reference, dynamic=True)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: bool) -> torch.Tensor:
@@ -81,7 +76,7 @@ def cross_entropy(
 ) -> torch.Tensor:
     """See `ml_kernels.cross_entropy`; the collectives of a group are no part of a graph."""
     if group is not None:
-        return cross_entropy_reference(logits, target, ignore_index, group)
+        return chunked_loss.cross_entropy(logits, target, ignore_index, group)
     return compiled(cross_entropy_reference)(logits, target, ignore_index, None)
 
 

@@ -10,11 +10,11 @@ tokens of all sequences.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 import torch_npu
+from torch._guards import detect_fake_mode
 
 from ml_kernels.alibi import alibi_bias
 from ml_kernels.attention import by_sequence
@@ -203,10 +203,23 @@ def _full(hidden: torch.Tensor, call: AttentionCall) -> torch.Tensor:
     return hidden.expand(shape).contiguous()
 
 
-@functools.cache
+_triangles: dict[torch.device, torch.Tensor] = {}
+
+
 def _triangle(device: torch.device) -> torch.Tensor:
-    """Return the mask of sparse modes 2, 3 and 4: of this size, whatever the lengths."""
-    return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu_(1)
+    """Return the mask of sparse modes 2, 3 and 4: of this size, whatever the lengths.
+
+    It is kept, so it must serve any later call: no tensor of inference mode, which autograd refuses
+    to save, and none without numbers, which shape propagation makes.
+    """
+    fake = detect_fake_mode() is not None
+    if device in _triangles and not fake:
+        return _triangles[device]
+    with torch.inference_mode(False):
+        triangle = torch.ones(2048, 2048, dtype=torch.bool, device=device).triu_(1)
+    if not fake:
+        _triangles[device] = triangle
+    return triangle
 
 
 def _pse(call: AttentionCall, slopes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -4,6 +4,11 @@ The kernels have no derivative: ours are here. The backward of a gather runs the
 beside the two products, so that `x` need not be kept whole and no kernel shares its communicator
 with a collective in flight; the backward of a scatter is one fused gather.
 
+What the documentation says and nothing here can see: on Atlas A2 all fused operators of a model,
+these three together, must use the same communicator: one tensor-parallel group, whose ranks are
+linked each with each. Its newer edition (op-plugin, August 2026) allows 16 and 32 ranks for gather
+and scatter on Atlas A3; that of torch_npu 2.13 does not, and they are refused.
+
 Shapes: `R` rows of the whole group, `tp` ranks, `I` and `O` inner and outer width.
 """
 

@@ -1,8 +1,12 @@
 """Cross entropy through CANN's fused log-softmax and likelihood.
 
-The kernel's results have the dtype of the logits, and a bfloat16 loss of 10 is exact to 0.06 only:
-it is given float32. A negative ignore_index means "none is ignored" to it, and a target of -100 is
-out of its range: ignored targets are replaced, and their losses masked, outside.
+One kernel does what torch does in three, forward and backward. Its results have the dtype of the
+logits, and a bfloat16 loss of 10 would be exact to 0.06 only: it is given float32. It keeps the
+log-probabilities, so that a step takes 12 bytes for each logit at its peak; where that is too much,
+`linear_cross_entropy` never holds all of them.
+
+A negative ignore_index means "none is ignored" to it, and a target of -100 is out of its range:
+ignored targets are replaced, and their losses masked, outside.
 
 Shapes: `V` vocabulary.
 """

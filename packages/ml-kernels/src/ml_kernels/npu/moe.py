@@ -3,8 +3,8 @@
 torch_npu derives permute and unpermute itself. `npu_grouped_matmul` has no derivative, nor have the
 gating kernels (one has a backward kernel for the sigmoid form only): here they get ours, the gating
 kernels by computing the weights of the chosen experts once more in torch. Combinations that no
-gating kernel computes go through torch on the NPU: a handful of operations on a few numbers per
-token, the same in every respect but speed.
+gating kernel computes are refused, and the public function, unless this backend was named, then
+goes through torch: a handful of operations on a few numbers per token.
 
 Shapes as in `ml_kernels.moe`.
 """
@@ -29,8 +29,7 @@ from ml_kernels.moe import (
     moe_unpermute_reference,
     topk_gating_reference,
 )
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from ml_kernels.npu.limits import DTYPES, refuse
 
 # Limits from the operators' documentation (torch_npu 2.13).
 _MAX_PERMUTED = 16_777_215  # choices of all tokens, exclusive
@@ -55,12 +54,16 @@ def topk_gating(
     | top-k first, no groups, no bias                          | `npu_moe_gating_top_k_softmax_v2` |
     | softmax first, groups or bias                            | `npu_moe_gating_top_k`            |
     | sigmoid, renormalised (the kernel always does)           | `npu_moe_gating_top_k`            |
-    | sigmoid as it is; top-k first with groups or bias        | torch                             |
-    | sizes outside the kernels' limits; float64; no tokens    | torch                             |
+    | sigmoid as it is; top-k first with groups or bias        | refused                           |
+    | sizes outside the kernels' limits; float64               | refused                           |
+    | no tokens                                                | torch                             |
+
+    Raises:
+        BackendUnavailableError: No kernel computes this.
     """
-    choose = _chooser(logits, selection_bias, gating)
-    if choose is None:
+    if not logits.shape[0]:
         return topk_gating_reference(logits, selection_bias, gating)
+    choose = _chooser(logits, selection_bias, gating)
     weights, indices = _Gating.apply(  # type: ignore[no-untyped-call]
         logits, selection_bias, gating, choose
     )
@@ -144,21 +147,25 @@ def _check_dtype(operator: str, argument: str, tensor: torch.Tensor) -> None:
         )
 
 
-def _chooser(
-    logits: torch.Tensor, selection_bias: torch.Tensor | None, gating: Gating
-) -> Choose | None:
-    """Pick the kernel for a combination, None where there is none: the table of `topk_gating`."""
-    if logits.dtype not in DTYPES or not logits.shape[0]:
-        return None
+def _chooser(logits: torch.Tensor, selection_bias: torch.Tensor | None, gating: Gating) -> Choose:
+    """Pick the kernel for a combination: the table of `topk_gating`."""
+    _check_dtype("topk_gating", "logits", logits)
     plain = gating.num_groups is None and selection_bias is None
     if gating.score == "softmax" and plain and gating.k <= _MAX_GATED_CHOICES:
         return _softmax_of_all if gating.order == "score_first" else _softmax_of_chosen
-    if gating.order == "topk_first" or (gating.score == "sigmoid" and not gating.renormalize):
-        return None
+    if gating.order == "topk_first":
+        rule = f"takes no groups, no selection_bias and at most {_MAX_GATED_CHOICES} choices"
+        refuse("topk_gating", "order", gating.order, rule)
+    if gating.score == "sigmoid" and not gating.renormalize:
+        refuse("topk_gating", "score", gating.score, "needs renormalize=True")
     groups = gating.num_groups or 1
     size = logits.shape[1] // groups
     if size <= 2 or -(-size // 32) * 32 * groups > _MAX_GATED_EXPERTS:
-        return None
+        rule = (
+            f"a group must have 3 experts at least, and all groups {_MAX_GATED_EXPERTS} at most, "
+            "each rounded up to 32"
+        )
+        refuse("topk_gating", "logits", tuple(logits.shape), rule)
     return _grouped
 
 
@@ -240,6 +247,9 @@ def _rows(x: torch.Tensor, weight: torch.Tensor, sizes: torch.Tensor) -> torch.T
 
 def _summed(x: torch.Tensor, y: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """Group along the summed dimension: `x` has to be a transposed view, not a transposed copy."""
+    # The text in torch_npu 2.13 lists -1 and 0 for Atlas A2, and a 1 that op-plugin's check refuses
+    # ("The group type must be -1, 0 or 2", GroupedMatmulKernelNpuOpApi.cpp). Its newer edition,
+    # torch_npu-npu_grouped_matmul.md of August 2026: 2 groups along k, A2 and A3 take -1, 0 and 2.
     if not x.shape[0]:
         return x.new_zeros(sizes.shape[0], x.shape[1], y.shape[1])
     return torch_npu.npu_grouped_matmul(

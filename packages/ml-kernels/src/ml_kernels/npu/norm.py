@@ -1,8 +1,16 @@
 """RMS norms of torch_npu. Shapes: `x` `(..., H)`, weight `(H,)`; the statistics are float32.
 
 The kernels multiply by the weight in float32 and round once; Hugging Face's Llama rounds before it
-multiplies too, which is the reference. `npu_rms_norm` takes a float32 weight beside half-precision
-`x`, `npu_add_rms_norm` does not (CANN's tables of dtypes, Atlas A2 and A3).
+multiplies too, which is the reference.
+
+`npu_rms_norm` takes a float32 weight beside half-precision `x`, `npu_add_rms_norm` does not. The
+text in torch_npu 2.13 wants one dtype in both. More exact are the tables of op-plugin, from which
+torch_npu is built, and of CANN, both of August 2026; for Atlas A2 and A3 they have the rows
+
+    torch_npu-npu_rms_norm      self bfloat16, gamma float32; self float16, gamma float32
+    aclnnRmsNorm                x BFLOAT16, gamma FLOAT32, yOut BFLOAT16, rstdOut FLOAT32
+    aclnnRmsNormGrad            dy, x, dxOut BFLOAT16; rstd, gamma, dgammaOut FLOAT32
+    torch_npu-npu_add_rms_norm  gamma as x1; no tensor may be empty
 """
 
 from __future__ import annotations
@@ -13,6 +21,7 @@ import torch
 import torch_npu
 from torch.autograd.function import once_differentiable
 
+from ml_kernels.norm import add_rms_norm_reference, rms_norm_reference
 from ml_kernels.npu.limits import check_dtype
 
 
@@ -23,6 +32,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, unit_offset: boo
         BackendUnavailableError: `x` is float64.
     """
     check_dtype("rms_norm", "x", x)
+    if not x.numel():
+        return rms_norm_reference(x, weight, eps, unit_offset)
     rows = x.reshape(-1, x.shape[-1])  # the kernels take 2 to 8 dimensions
     normed = torch_npu.npu_rms_norm(rows, _gamma(weight, unit_offset), epsilon=eps)[0]
     return normed.view(x.shape)
@@ -39,6 +50,8 @@ def add_rms_norm(
         BackendUnavailableError: `x` is float64.
     """
     check_dtype("add_rms_norm", "x", x)
+    if not x.numel():
+        return add_rms_norm_reference(x, residual, weight, eps, unit_offset)
     gamma = _gamma(weight, unit_offset)
     if gamma.dtype != x.dtype:
         total = x + residual

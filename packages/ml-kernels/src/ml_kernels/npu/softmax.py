@@ -20,7 +20,8 @@ def scaled_masked_softmax(x: torch.Tensor, mask: torch.Tensor | None, scale: flo
     and is set to 0 here; in other rows hidden keys get 0 as long as a visible score is well above.
 
     Raises:
-        BackendUnavailableError: `x` is float64, or a length is no multiple of 32 up to 4096.
+        BackendUnavailableError: `x` is float64, or a length is no multiple of 32 up to 4096. Unless
+            this backend was named, the public function then takes torch's formula.
     """
     check_dtype("scaled_masked_softmax", "x", x)
     if not x.numel():

@@ -19,7 +19,7 @@ def linear(
     *,
     backend: Backend | None = None,
 ) -> torch.Tensor:
-    """Return `x @ weight.T + bias`, as `torch.nn.functional.linear`.
+    """Return `x @ weight.T + bias`, as `torch.nn.functional.linear`; under autocast in its dtype.
 
     Args:
         x: `(..., I)`, any floating dtype.
@@ -34,6 +34,8 @@ def linear(
         ValueError: Shapes or devices do not fit together.
         TypeError: The dtypes differ, or are not floating point.
     """
+    x, weight = as_autocast_has(x), as_autocast_has(weight)
+    bias = None if bias is None else as_autocast_has(bias)
     check_floating("linear", "x", x)
     require(
         weight.dim() == 2 and x.dim() > 0 and weight.shape[1] == x.shape[-1],
@@ -62,3 +64,14 @@ def linear_reference(
 ) -> torch.Tensor:
     """Torch's own."""
     return F.linear(x, weight, bias)
+
+
+def as_autocast_has(tensor: torch.Tensor) -> torch.Tensor:
+    """Cast a factor of a product as autocast does: all but float64."""
+    if not isinstance(tensor, torch.Tensor):
+        return tensor  # and refuse it later
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensor
+    narrow = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(torch.get_autocast_dtype(device)) if narrow else tensor
