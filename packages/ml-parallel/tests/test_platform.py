@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -166,3 +167,15 @@ def test_type_names_stay_usable_as_strings_and_keys():
     assert name == "torch.cuda.FloatTensor"
     assert name != "torch.cuda.HalfTensor"
     assert name != 3
+
+
+def warned_when_bound_already():
+    warnings.resetwarnings()
+    warnings.simplefilter("error")
+    platform.activate("cpu")
+    warnings.warn("`torch.distributed.all_gather` is deprecated", FutureWarning, stacklevel=1)
+    return "quiet"
+
+
+def test_a_fork_of_a_bound_process_is_quiet_too():
+    assert run_ranks(warned_when_bound_already, 1) == ["quiet"]

@@ -107,6 +107,10 @@ def activate(choice: DeviceChoice = "auto", *, index: int | None = None) -> Devi
     kind = resolve(choice)
     index = int(os.environ.get("LOCAL_RANK", "0")) if index is None else index
     device = Device(type=kind, index=0 if kind == "cpu" else index)
+    # megatron-core's deprecation notes, and torch's about what it calls, speak to its maintainers.
+    # Also when bound already: this may be a fork whose parent has other filters by now.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if _active is not None:
         if _active != device:
             raise RuntimeError(f"this process is bound to {_active}; it cannot change to {device}")
@@ -116,9 +120,6 @@ def activate(choice: DeviceChoice = "auto", *, index: int | None = None) -> Devi
 
         runtime.answer_cuda_calls()
     import_engine()
-    # Its deprecation notes, and torch's about what it calls, speak to those who maintain it.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     patches.apply(active_patches(kind))
     if kind == "cpu":
         memory.keep_freed_memory()
