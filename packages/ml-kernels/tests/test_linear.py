@@ -8,7 +8,6 @@ from oracle import ROUNDING, assert_matches, assert_near, random, runs, with_gra
 from torch.nn import functional as F
 
 import ml_kernels
-from ml_kernels import linear_layer
 from ml_kernels.cpu import linear as cpu
 
 
@@ -58,37 +57,6 @@ def test_a_frozen_weight_gets_no_gradient(monkeypatch):
     ml_kernels.linear(x, weight).sum().backward()
     assert len(products) == 2  # forward, and the gradient of x
     assert_near([x.grad], [weight.sum(0).expand(4, 24)])
-
-
-@pytest.mark.usefixtures("_either_library")
-@pytest.mark.parametrize("chunk", [1, 100, 1 << 19])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_gradient_of_the_weight_is_added_to_main_grad(dtype, chunk, monkeypatch):
-    monkeypatch.setattr(linear_layer, "_CHUNK_ELEMENTS", chunk)
-    inputs = [
-        random(5, 2, 24, dtype=dtype),
-        random(16, 24, dtype=dtype, seed=1),
-        random(16, dtype=dtype, seed=2),
-    ]
-    out, of_x, of_weight, of_bias = with_gradients(F.linear, inputs)
-    main_grad = torch.ones(16, 24)
-    found = with_gradients(lambda *given: ml_kernels.linear(*given, main_grad=main_grad), inputs)
-    assert_near([found[0], found[1], found[3]], [out, of_x, of_bias])
-    assert_near([main_grad - 1], [of_weight], dtype)
-    assert found[2].shape == of_weight.shape
-
-
-def test_a_frozen_weight_leaves_main_grad_alone():
-    x, weight, main_grad = random(4, 24), random(16, 24, seed=1).detach(), torch.zeros(16, 24)
-    ml_kernels.linear(x, weight, main_grad=main_grad).sum().backward()
-    assert_near([x.grad], [weight.sum(0).expand(4, 24)])
-    assert main_grad.count_nonzero() == 0
-
-
-def test_a_wrong_main_grad_is_refused():
-    for wrong in (torch.zeros(16, 23), torch.zeros(16, 24).half()):
-        with pytest.raises(ValueError, match=r"linear: main_grad .* must be float32"):
-            ml_kernels.linear(random(4, 24), random(16, 24), main_grad=wrong)
 
 
 def test_autocast_is_followed_as_torch_does():

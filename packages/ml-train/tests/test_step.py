@@ -186,23 +186,3 @@ def test_dropout_masks_follow_from_the_step_alone():
     assert first == again
     assert first != pytest.approx(other_step, rel=1e-6)
     assert first != pytest.approx(single_curve()[0][0], rel=1e-6)
-
-
-def accumulated(job):
-    """Tell of each parameter whether its layer, not DDP, added its gradient up."""
-    rank = Rank(job)
-    rank.step(0)
-    names = rank.state.global_names()
-    parameters = [p for chunk in rank.ddp for p in chunk.parameters()]
-    return {names[id(p)]: p.grad_added_to_main_grad for p in parameters}
-
-
-@pytest.mark.parametrize(("arch", "output"), [(UNTIED, True), (TIED, False)])
-def test_linear_layers_add_their_gradients_up_themselves(arch, output):
-    (found,) = run_ranks(accumulated, 1, Job(arch=arch))
-    linears = {name: done for name, done in found.items() if ".linear_" in name}
-    weights = {done for name, done in linears.items() if name.endswith("weight")}
-    assert weights == {True}
-    assert not any(done for name, done in found.items() if name.endswith("bias"))
-    assert found["embedding.word_embeddings.weight"] is False
-    assert found.get("output_layer.weight", False) is output

@@ -5,10 +5,7 @@ Shapes: `...` tokens, `I` inputs, `O` outputs.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ml_kernels.checks import check_floating, check_same_device, check_same_dtype, require
@@ -20,7 +17,6 @@ def linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
-    main_grad: torch.Tensor | None = None,
     backend: Backend | None = None,
 ) -> torch.Tensor:
     """Return `x @ weight.T + bias`, as `torch.nn.functional.linear`; under autocast in its dtype.
@@ -29,10 +25,6 @@ def linear(
         x: `(..., I)`, any floating dtype.
         weight: `(O, I)` in the dtype of `x`.
         bias: `(O,)` in the dtype of `x`.
-        main_grad: `(O, I)` float32, such as Megatron's DDP keeps for each weight. Backward adds the
-            gradient of the weight to it, a few rows at a time while they are in the cache, and
-            what autograd gets as that gradient is memory without a meaning (Megatron's
-            "gradient accumulation fusion").
         backend: Force an implementation by name.
 
     Returns:
@@ -64,21 +56,7 @@ def linear(
             tuple(bias.shape),
             f"must be ({weight.shape[0]},), the outputs of the weight",
         )
-    if main_grad is None:
-        return implementation("linear", x, backend)(x, weight, bias)
-    require(
-        main_grad.shape == weight.shape and main_grad.dtype == torch.float32,
-        "linear",
-        "main_grad",
-        (tuple(main_grad.shape), main_grad.dtype),
-        f"must be float32 {tuple(weight.shape)}, as the weight",
-    )
-    check_same_device("linear", "main_grad", main_grad, x)
-    rows = x.reshape(-1, x.shape[-1])
-    out: torch.Tensor = _Accumulating.apply(  # type: ignore[no-untyped-call]
-        rows, weight, bias, main_grad, backend
-    )
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return implementation("linear", x, backend)(x, weight, bias)
 
 
 def linear_reference(
@@ -86,46 +64,6 @@ def linear_reference(
 ) -> torch.Tensor:
     """Torch's own."""
     return F.linear(x, weight, bias)
-
-
-_CHUNK_ELEMENTS = 1 << 19
-"""Elements of a weight whose gradient is made and added at a time, on a CPU."""
-
-
-class _Accumulating(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        main_grad: torch.Tensor,
-        backend: Backend | None,
-    ) -> torch.Tensor:
-        """Return `(T, O)` from x `(T, I)`."""
-        ctx.save_for_backward(x, weight)
-        ctx.main_grad, ctx.backend = main_grad, backend
-        return implementation("linear", x, backend)(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
-        product = implementation("linear", x, ctx.backend)
-        if of_weight:
-            on_cpu = weight.device.type == "cpu"
-            step = max(1, _CHUNK_ELEMENTS // weight.shape[1]) if on_cpu else weight.shape[0]
-            for start in range(0, weight.shape[0], step):
-                rows = slice(start, start + step)
-                ctx.main_grad[rows].add_(product(gradient[:, rows].T, x.T, None))
-        return (
-            product(gradient, weight.T, None) if of_x else None,
-            torch.empty_like(weight) if of_weight else None,
-            gradient.sum(0) if of_bias else None,
-            None,
-            None,
-        )
 
 
 def as_autocast_has(tensor: torch.Tensor) -> torch.Tensor:

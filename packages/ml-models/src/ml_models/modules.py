@@ -81,19 +81,6 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         return context.flatten(2)
 
 
-def _main_grad(weight: torch.Tensor) -> torch.Tensor | None:
-    """Return the float32 gradient that DDP keeps for a weight, and tell DDP not to add to it.
-
-    This is how megatron-core's own fused layers do it. A weight that is used twice (a tied
-    embedding) must not go this way: autograd adds up what it gets for both uses.
-    """
-    main_grad: torch.Tensor | None = getattr(weight, "main_grad", None)
-    if main_grad is None or main_grad.dtype != torch.float32 or not torch.is_grad_enabled():
-        return None
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return main_grad
-
-
 class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
     """megatron-core's layer whose output is cut, with our product where nothing is communicated."""
 
@@ -107,8 +94,7 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
     ) -> torch.Tensor:
         if options["sequence_parallel"] or options["allreduce_dgrad"]:
             return super()._forward_impl(input, weight, bias=bias, **options)
-        main_grad = None if weight is not self.weight else _main_grad(weight)
-        return ml_kernels.linear(input, weight, bias, main_grad=main_grad)
+        return ml_kernels.linear(input, weight, bias)
 
 
 class RowLinear(RowParallelLinear):  # type: ignore[misc]
@@ -122,7 +108,7 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
         bias: torch.Tensor | None,
         **_options: Any,
     ) -> torch.Tensor:
-        return ml_kernels.linear(input, weight, bias, main_grad=_main_grad(weight))
+        return ml_kernels.linear(input, weight, bias)
 
 
 class GatheringLinear(ColumnLinear):
