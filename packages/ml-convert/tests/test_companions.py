@@ -160,6 +160,6 @@ def test_a_model_the_family_cannot_represent_is_refused(tmp_path, make_hf, make_
             if name.endswith("bias") and "linear_qkv" not in name:
                 del model[name]
 
-    with pytest.raises(ConversionError, match=r"not a Llama model: .*--add-qkv-bias"):
+    with pytest.raises(ConversionError, match=r"not a llama model: .*--add-qkv-bias"):
         export(make_megatron(hf, edit=only_qkv), tmp_path)
     assert not (tmp_path / "out").exists()

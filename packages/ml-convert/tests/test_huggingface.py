@@ -112,7 +112,7 @@ def test_an_index_that_disagrees_with_its_files_is_refused(make_hf):
     [
         ({"model_type": "bert"}, r"hf: config.json: model_type 'bert'"),
         ({"hidden_act": "gelu"}, r"hf: config.json: hidden_act is 'gelu'"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "of type 'llama3', only 'default'"),
+        ({"rope_scaling": {"rope_type": "axial"}}, "of type 'axial' are not supported"),
         ({"num_key_value_heads": 3}, r"hf: --num-query-groups 3: must divide"),
     ],
 )

@@ -1,13 +1,15 @@
 """Rules turn into row ranges that cover every tensor of both sides exactly once."""
 
-import itertools
+import dataclasses
 
 import numpy as np
 import pytest
 
 from ml_models.architecture import Architecture
-from ml_models.families.family import Family, GroupedQkv, Same, Stacked
+from ml_models.families.family import Family
 from ml_models.families.llama import LLAMA
+from ml_models.families.rules import ExpertStack, FlatQkv, GroupedQkv, Same, Stacked
+from ml_models.parameter import Parameter
 from ml_models.weights import parameters
 
 SIZES = {
@@ -37,61 +39,109 @@ VARIANTS = [
 ]
 
 
-def random_tensors(shapes):
+def rows_of(piece, tensor, hf):
+    """Return the rows of a piece as a view `(rows, columns)` of a Hugging Face tensor."""
+    part = piece.part
+    view = hf.reshape(tensor.view)[part.entry or 0]
+    if tensor.transposed:
+        view = view.transpose(1, 2, 0)
+    start = part.first // part.step
+    return view[start : start + part.rows, part.first % part.step]
+
+
+def random_tensors(tensors):
     numbers = np.random.default_rng(0)
-    return {name: numbers.standard_normal(shape) for name, shape in shapes.items()}
+    return {name: numbers.standard_normal(tensor.shape) for name, tensor in tensors.items()}
 
 
 def forward(family, arch, hf):
     """Copy the pieces from left to right."""
     found = {p.name: np.full(p.shape, np.nan) for p in parameters(arch)}
+    tensors = family.tensors(arch)
     for piece in family.pieces(arch):
-        rows = hf[piece.hf_name][piece.hf_row : piece.hf_row + piece.rows]
-        found[piece.name][piece.row : piece.row + piece.rows] = rows
+        target = found[piece.name][piece.row : piece.row + piece.part.rows]
+        rows = rows_of(piece, tensors[piece.hf_name], hf[piece.hf_name])
+        assert np.isnan(target).all(), piece
+        target[:] = rows.reshape(target.shape)
     return found
 
 
 def backward(family, arch, core):
     """Copy the same pieces from right to left."""
-    found = {name: np.full(shape, np.nan) for name, shape in family.tensors(arch).items()}
+    tensors = family.tensors(arch)
+    found = {name: np.full(tensor.shape, np.nan) for name, tensor in tensors.items()}
     for piece in family.pieces(arch):
-        rows = core[piece.name][piece.row : piece.row + piece.rows]
-        found[piece.hf_name][piece.hf_row : piece.hf_row + piece.rows] = rows
+        rows = core[piece.name][piece.row : piece.row + piece.part.rows]
+        target = rows_of(piece, tensors[piece.hf_name], found[piece.hf_name])
+        assert np.isnan(target).all(), piece
+        target[:] = rows.reshape(target.shape)
     return found
 
 
-@pytest.mark.parametrize("changes", VARIANTS)
-def test_pieces_fill_both_sides_completely_and_reverse_each_other(changes):
-    arch = build(**changes)
-    hf = random_tensors(LLAMA.tensors(arch))
-    core = forward(LLAMA, arch, hf)
+def check_both_directions(family, arch):
+    """Check that the pieces fill both sides, once, and reverse each other."""
+    hf = random_tensors(family.tensors(arch))
+    core = forward(family, arch, hf)
     assert not any(np.isnan(tensor).any() for tensor in core.values())
-    back = backward(LLAMA, arch, core)
+    back = backward(family, arch, core)
     for name, tensor in hf.items():
         np.testing.assert_array_equal(back[name], tensor, err_msg=name)
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
-def test_pieces_never_overlap(changes):
-    arch = build(**changes)
-    for side in (lambda p: (p.name, p.row, p.rows), lambda p: (p.hf_name, p.hf_row, p.rows)):
-        ranges = sorted(side(piece) for piece in LLAMA.pieces(arch))
-        for (name, row, rows), (other, start, _) in itertools.pairwise(ranges):
-            assert name != other or row + rows == start
+def test_pieces_fill_both_sides_completely_and_reverse_each_other(changes):
+    check_both_directions(LLAMA, build(**changes))
+
+
+def parameter(rows, *columns, **more):
+    return Parameter(name="m.weight", shape=(rows, *columns), split=None, init="normal", **more)
 
 
 def test_query_key_and_value_are_grouped():
     rule = GroupedQkv("qkv", query="q", key="k", value="v")
-    parts = list(rule.parts(build(num_query_groups=2), rows=32))
-    assert parts == [
+    parts = list(rule.parts(build(num_query_groups=2), parameter(32)))
+    assert [part[:3] for part in parts] == [
         ("q", 0, 8), ("k", 0, 4), ("v", 0, 4),
         ("q", 8, 8), ("k", 4, 4), ("v", 4, 4),
     ]  # fmt: skip
 
 
+def test_a_flat_tensor_has_all_queries_then_all_keys_then_all_values():
+    parts = list(FlatQkv("qkv", "h").parts(build(num_query_groups=2), parameter(32)))
+    assert [part[1:3] for part in parts] == [(0, 8), (16, 4), (24, 4), (8, 8), (20, 4), (28, 4)]
+
+
 def test_stacked_tensors_follow_each_other():
     rule = Stacked("fc1", ("gate", "up"))
-    assert list(rule.parts(build(), rows=48)) == [("gate", 0, 24), ("up", 0, 24)]
+    parts = list(rule.parts(build(), parameter(48)))
+    assert [part[:3] for part in parts] == [("gate", 0, 24), ("up", 0, 24)]
+
+
+def test_gate_and_up_of_a_stack_of_experts_may_take_turns():
+    rule = ExpertStack("fc1", "h", 2)
+    parts = list(rule.parts(build(), parameter(8, 3, expert=5)))
+    assert parts == [("h", 0, 4, 2, 5), ("h", 1, 4, 2, 5)]
+
+
+def test_stacks_and_transposed_matrices_fill_both_sides():
+    arch = build(num_experts=2, moe_ffn_hidden_size=6)
+    experts, stack = "decoder.layers.*.mlp.experts.local_experts.@", "model.layers.*.mlp.experts"
+    plain = {"weight": "", "bias": "_bias"}
+    special = (
+        Same("decoder.layers.*.mlp.router", "model.layers.*.router"),
+        ExpertStack(f"{experts}.linear_fc1", f"{stack}.up", 2, suffixes=plain, transposed=True),
+        ExpertStack(f"{experts}.linear_fc2", f"{stack}.down", suffixes=plain, transposed=True),
+        FlatQkv("decoder.layers.*.self_attention.linear_qkv", "model.*.qkv", transposed=True),
+    )
+    kept = {rule.module for rule in special}
+    rules = (*special, *(rule for rule in LLAMA.rules if rule.module not in kept))
+    for bias in (False, True):
+        family = dataclasses.replace(LLAMA, rules=rules)
+        check_both_directions(family, dataclasses.replace(arch, add_bias_linear=bias))
+    shapes = {name: tensor.shape for name, tensor in family.tensors(arch).items()}
+    assert shapes["model.layers.1.mlp.experts.up"] == (2, 16, 12)
+    assert shapes["model.layers.1.mlp.experts.down"] == (2, 6, 16)
+    assert shapes["model.0.qkv.weight"] == (16, 48)
 
 
 def test_a_parameter_without_a_rule_is_an_error_not_a_gap():
@@ -99,8 +149,7 @@ def test_a_parameter_without_a_rule_is_an_error_not_a_gap():
         name="half",
         model_types=("half",),
         architectures=(),
-        from_hf=LLAMA.from_hf,
-        to_hf=LLAMA.to_hf,
+        config=LLAMA.config,
         rules=(Same("embedding.word_embeddings", "wte"),),
     )
     with pytest.raises(ValueError, match=r"layers.0.input_layernorm.weight: family half has no"):

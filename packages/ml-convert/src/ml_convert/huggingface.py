@@ -18,13 +18,14 @@ from typing import Any
 from ml_convert import ptfile, safetensors_file
 from ml_convert.binding import bind
 from ml_convert.errors import ConversionError
-from ml_convert.layout import Layout, Rectangle, Stored, matrix
+from ml_convert.layout import Layout, Place, Rectangle, Stored
 from ml_convert.pickles import TensorPickle
 from ml_convert.source import Source
 from ml_convert.tensor import Extent
 from ml_models import registry
 from ml_models.architecture import Architecture
-from ml_models.families.family import Family
+from ml_models.families.family import Family, HfTensor, Piece
+from ml_models.families.rules import Same
 from ml_models.weights import EMBEDDING, OUTPUT_LAYER
 
 CONFIG = "config.json"
@@ -42,33 +43,45 @@ def layout(family: Family, arch: Architecture, files: Mapping[str, str]) -> Layo
         files: File of each tensor by name. If embeddings are tied and the output layer is there
             all the same, it counts as a copy.
     """
-    shapes = family.tensors(arch)
-    index = {name: number for number, name in enumerate(shapes)}
+    tensors = family.tensors(arch)
+    index = {name: number for number, name in enumerate(tensors)}
     rectangles: dict[str, list[Rectangle]] = {}
     holds: dict[str, str] = {}
     for piece in family.pieces(arch):
-        tensor, columns = index[piece.hf_name], matrix(shapes[piece.hf_name])[1]
-        rectangle = Rectangle(tensor, piece.hf_row, piece.row, 0, piece.rows, columns)
+        rectangle = _rectangle(index[piece.hf_name], piece, tensors[piece.hf_name])
         rectangles.setdefault(piece.name, []).append(rectangle)
-        holds[piece.hf_name] = piece.name
-    tensors = [Stored(files.get(n, ""), n, shape, holds[n]) for n, shape in shapes.items()]
-    copy = output_layer(family, arch)
+        holds.setdefault(piece.hf_name, piece.name)
+    found = [Stored(files.get(n, ""), n, hf.shape, holds[n]) for n, hf in tensors.items()]
+    copy = output_layer(family)
     if copy in files and not arch.untie_embeddings_and_output_weights:
         (original,) = rectangles[EMBEDDING]
-        stored = tensors[original.tensor]
-        tensors.append(stored._replace(file=files[copy], name=copy, copy_of=original.tensor))
-        rectangles[EMBEDDING].append(original._replace(tensor=len(tensors) - 1))
+        stored = found[original.tensor]
+        found.append(stored._replace(file=files[copy], name=copy, copy_of=original.tensor))
+        rectangles[EMBEDDING].append(original._replace(tensor=len(found) - 1))
     return Layout(
-        tensors=tuple(tensors),
+        tensors=tuple(found),
         rectangles={name: tuple(found) for name, found in rectangles.items()},
     )
 
 
-def output_layer(family: Family, arch: Architecture) -> str:
+def _rectangle(tensor: int, piece: Piece, hf: HfTensor) -> Rectangle:
+    """Turn a piece of a family into a rectangle; see `HfTensor.view` for the axes of its place."""
+    part, (entries, *axes) = piece.part, hf.view
+    columns = axes[0] if hf.transposed else axes[-1]
+    if entries == part.step == 1 and not hf.transposed:
+        return Rectangle(tensor, part.first, piece.row, 0, part.rows, columns)
+    row, step = divmod(part.first, part.step)
+    start = (part.entry or 0, 0, row, step) if hf.transposed else (part.entry or 0, row, step, 0)
+    row_axis, column_axis = (2, 1) if hf.transposed else (1, 3)
+    place = Place(hf.view, start, row_axis, column_axis)
+    return Rectangle(tensor, 0, piece.row, 0, part.rows, columns, place)
+
+
+def output_layer(family: Family) -> str:
     """Return the name of the output layer, whether or not the model has one of its own."""
     (rule,) = (rule for rule in family.rules if f"{rule.module}.weight" == OUTPUT_LAYER)
-    (part,) = rule.parts(arch, arch.vocab_size)
-    return f"{part.hf_module}.weight"
+    assert isinstance(rule, Same)
+    return f"{rule.hf_module}.weight"
 
 
 # Reading
@@ -132,9 +145,9 @@ def open_model(directory: Path, *, model_type: str | None) -> Source:
         if not known.ignores(name)
     }
     files = {name: file for file, name in found}
-    if arch.untie_embeddings_and_output_weights and output_layer(known, arch) not in files:
+    if arch.untie_embeddings_and_output_weights and output_layer(known) not in files:
         raise ConversionError(
-            f"{directory}: has no {output_layer(known, arch)}, though its {CONFIG} does not say "
+            f"{directory}: has no {output_layer(known)}, though its {CONFIG} does not say "
             "tie_word_embeddings: true"
         )
     return Source(

@@ -34,24 +34,42 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     """Its shape there."""
     parameter: str
-    """The parameter of which it holds a part."""
+    """The parameter of which it holds a part, or the first of them; all have the same dtype."""
     padding: int = 0
     """How many of its last rows belong to no parameter."""
     copy_of: int | None = None
     """Index of the stored tensor whose content it repeats."""
 
 
+class Place(NamedTuple):
+    """A matrix within a stored tensor that is not simply some of its rows.
+
+    The tensor is looked at with another shape, in which one axis runs over the rows and one over
+    the columns of the part of a parameter. Of every other axis the place takes one index: of a
+    stack of experts one, of interleaved rows every second, of a transposed matrix the columns.
+    """
+
+    view: tuple[int, ...]
+    """The shape to look at the stored tensor with."""
+    start: tuple[int, ...]
+    """First index along each axis."""
+    row_axis: int
+    column_axis: int
+
+
 class Rectangle(NamedTuple):
-    """Whole rows of a stored tensor, and the part of a parameter that they hold."""
+    """Rows of a stored tensor (or another place in it), and the part of a parameter they hold."""
 
     tensor: int
     """Index of the stored tensor."""
     row: int
-    """First row in the stored tensor."""
+    """First row in the stored tensor; the rows are whole. 0 with a place."""
     parameter_row: int
     parameter_column: int
     rows: int
     columns: int
+    place: Place | None = None
+    """Where in the stored tensor, if these are not whole rows of it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,7 @@ def check_description(source: Source, target: Source) -> None:
     """
     for field in fields(source.arch):
         ours, theirs = getattr(source.arch, field.name), getattr(target.arch, field.name)
-        is_implied = field.name == "add_qkv_bias" and source.arch.add_bias_linear
-        if field.compare and ours != theirs and not is_implied:
+        if field.compare and ours != theirs:
             raise VerificationError(
                 f"{target.path}: {field.name} is {theirs}, but {ours} in {source.path}"
             )

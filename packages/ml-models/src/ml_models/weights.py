@@ -8,7 +8,7 @@ megatron-core's local layer spec.
 Layouts worth knowing:
   linear_qkv  rows in groups: for each query group its query heads, its key head, then its value
               head; a plain cut of dim 0 therefore keeps groups together
-  linear_fc1  with SwiGLU two blocks [gate; up]: a rank holds its part of gate, then its part of up
+  linear_fc1  with a gate two blocks [gate; up]: a rank holds its part of gate, then its part of up
   vocabulary  tables are padded with rows that belong to no token; how many depends on the number of
               ranks
 """
@@ -16,25 +16,24 @@ Layouts worth knowing:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from collections.abc import Container, Iterable
+from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
 
 from ml_models.architecture import Architecture
+from ml_models.layer_weights import layer_parameters, norm
+from ml_models.parameter import Parameter, Split
+
+__all__ = ["Parameter", "Run", "Split", "parameters", "shard_runs", "stage_parameters"]
 
 EMBEDDING = "embedding.word_embeddings.weight"
 OUTPUT_LAYER = "output_layer.weight"
 
-Init = Literal["normal", "scaled_normal", "ones", "zeros"]
-
+_EMBEDDING_NORM = "embedding.word_embeddings.norm"
+_POSITIONS = "embedding.position_embeddings.weight"
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-
-
-class Split(NamedTuple):
-    """A cut along one dimension: `blocks` equal blocks, each cut in one part for every rank."""
-
-    dim: int
-    blocks: int = 1
+_EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 
 
 class Run(NamedTuple):
@@ -45,42 +44,37 @@ class Run(NamedTuple):
     length: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parameter:
-    """One tensor of the model, as it is without parallelism."""
-
-    name: str
-    """Megatron-Core name with the global layer number."""
-    shape: tuple[int, ...]
-    """Shape on a single device, with the true vocabulary."""
-    split: Split | None
-    """How tensor parallelism cuts it; None = every rank holds all of it."""
-    padded: bool = False
-    """Whether dim 0 is the vocabulary, which is padded before it is cut."""
-    layer: int | None = None
-    """Global layer number; None outside the layers."""
-    init: Init
-    """How it starts; scaled_normal divides the standard deviation by sqrt(2 * num_layers)."""
-
-
+@lru_cache(maxsize=16)
 def parameters(arch: Architecture) -> tuple[Parameter, ...]:
     """List every parameter once, in order of the forward pass; tied models have no output layer."""
     if arch.vocab_size < 1:
         raise ValueError("--vocab-size is not known yet: give it, or take it from a tokenizer")
-    table = (arch.vocab_size, arch.hidden_size)
-    found = [Parameter(name=EMBEDDING, shape=table, split=Split(0), padded=True, init="normal")]
+    found = list(_embedding(arch))
     for layer in range(arch.num_layers):
-        found += _layer_parameters(arch, layer)
-    found += _norm(arch, "decoder.final_layernorm", None)
+        found += layer_parameters(arch, layer)
+    found += norm(arch, "decoder.final_layernorm")
     if arch.untie_embeddings_and_output_weights:
-        found.append(
-            Parameter(name=OUTPUT_LAYER, shape=table, split=Split(0), padded=True, init="normal")
-        )
+        found.append(replace(found[0], name=OUTPUT_LAYER))
     return tuple(found)
 
 
+def _embedding(arch: Architecture) -> Iterable[Parameter]:
+    table = (arch.vocab_size, arch.hidden_size)
+    yield Parameter(name=EMBEDDING, shape=table, split=Split(0), padded=True, init="normal")
+    if arch.embed_layernorm:
+        yield from norm(replace(arch, normalization="LayerNorm"), _EMBEDDING_NORM)
+    if arch.position_embedding_type == "learned_absolute":
+        shape = (arch.max_position_embeddings, arch.hidden_size)
+        yield Parameter(name=_POSITIONS, shape=shape, split=None, init="normal")
+
+
 def stage_parameters(
-    arch: Architecture, layers: Iterable[int], *, first: bool, last: bool
+    arch: Architecture,
+    layers: Iterable[int],
+    *,
+    first: bool,
+    last: bool,
+    experts: Container[int] | None = None,
 ) -> tuple[Parameter, ...]:
     """List the parameters a pipeline stage or chunk with these global layers stores.
 
@@ -90,17 +84,37 @@ def stage_parameters(
         first: Whether it holds the embedding.
         last: Whether it holds the final norm and the output layer. When embeddings are tied and it
             is not also the first, it stores a copy of the embedding as `output_layer.weight`.
+        experts: Global numbers of the experts of this expert-parallel rank; None = all.
     """
     wanted = set(layers)
     table = parameters(arch)
-    stage = [
-        p
-        for p in table
-        if p.layer in wanted or (p.layer is None and (first if p.name == EMBEDDING else last))
-    ]
+
+    def is_held(p: Parameter) -> bool:
+        if p.layer is None:
+            return first if p.name.startswith("embedding.") else last
+        return p.layer in wanted and (p.expert is None or experts is None or p.expert in experts)
+
+    stage = [p for p in table if is_held(p)]
     if last and not first and not arch.untie_embeddings_and_output_weights:
         stage.append(replace(table[0], name=OUTPUT_LAYER))
     return tuple(stage)
+
+
+def expert_range(arch: Architecture, *, ep_rank: int, ep_size: int) -> range:
+    """Give the global numbers of the experts of an expert-parallel rank.
+
+    Raises:
+        ValueError: The experts cannot be dealt out evenly.
+    """
+    experts = arch.num_experts or 0
+    if experts % ep_size:
+        valid = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
+        raise ValueError(
+            f"--expert-model-parallel-size {ep_size}: must divide --num-experts {experts} "
+            f"(valid: {valid})"
+        )
+    share = experts // ep_size
+    return range(ep_rank * share, (ep_rank + 1) * share)
 
 
 def padded_vocab_size(
@@ -143,46 +157,58 @@ def check_tensor_parallel(arch: Architecture, tp_size: int) -> None:
         ValueError: Names the flag, its value, the rule and the sizes that are possible.
     """
     groups = arch.query_groups
-    rules = {
-        "num_attention_heads": (arch.num_attention_heads, arch.num_attention_heads % tp_size),
-        "num_query_groups": (groups, groups % tp_size and tp_size % groups),
-        "ffn_hidden_size": (arch.ffn_size, arch.ffn_size % tp_size),
-    }
-    for name, (value, broken) in rules.items():
+    rules = {name: size % tp_size for name, size in _cut_sizes(arch).items()}
+    rules["num_query_groups"] = groups % tp_size and tp_size % groups
+    for name, broken in rules.items():
         if broken:
             rule = "divide or be a multiple of" if name == "num_query_groups" else "divide"
             raise ValueError(
                 f"--tensor-model-parallel-size {tp_size}: must {rule} "
-                f"--{name.replace('_', '-')} {value} "
+                f"--{name.replace('_', '-')} {getattr(arch, name)} "
                 f"(valid for this model: {', '.join(map(str, tensor_parallel_sizes(arch)))})"
             )
 
 
 def tensor_parallel_sizes(arch: Architecture) -> tuple[int, ...]:
     """List the tensor-parallel sizes this model can be cut to, ascending."""
-    heads, groups = arch.num_attention_heads, arch.query_groups
-    divisors = (n for n in range(1, heads + 1) if heads % n == 0 and arch.ffn_size % n == 0)
+    groups, sizes = arch.query_groups, _cut_sizes(arch).values()
+    candidates = range(1, arch.num_attention_heads + 1)
+    divisors = (n for n in candidates if not any(size % n for size in sizes))
     return tuple(n for n in divisors if groups % n == 0 or n % groups == 0)
 
 
-def local_name(name: str, *, first_layer: int) -> str:
-    """Turn a global layer number into the number within a stage that starts at `first_layer`."""
-    return _renumber(name, -first_layer)
+def _cut_sizes(arch: Architecture) -> dict[str, int]:
+    """Give the sizes that tensor parallelism cuts in equal parts, by flag."""
+    layers = range(arch.num_layers)
+    sizes = {"num_attention_heads": arch.num_attention_heads}
+    if not all(arch.has_experts(layer) for layer in layers):
+        sizes["ffn_hidden_size"] = arch.ffn_size
+    if any(arch.has_experts(layer) for layer in layers):
+        sizes["moe_ffn_hidden_size"] = arch.expert_size
+    if arch.moe_shared_expert_intermediate_size:
+        sizes["moe_shared_expert_intermediate_size"] = arch.shared_expert_size
+    return sizes
 
 
-def global_name(name: str, *, first_layer: int) -> str:
-    """Turn the layer number within a stage that starts at `first_layer` into the global one."""
-    return _renumber(name, first_layer)
+def local_name(name: str, *, first_layer: int, first_expert: int = 0) -> str:
+    """Turn global numbers into those within a stage and a rank that start at these."""
+    return _renumber(name, -first_layer, -first_expert)
 
 
-def _renumber(name: str, offset: int) -> str:
+def global_name(name: str, *, first_layer: int, first_expert: int = 0) -> str:
+    """Turn the numbers within a stage and a rank that start at these into the global ones."""
+    return _renumber(name, first_layer, first_expert)
+
+
+def _renumber(name: str, layers: int, experts: int) -> str:
     match = _LAYER.match(name)
     if match is None:
         return name
-    layer = int(match[1]) + offset
+    layer = int(match[1]) + layers
     if layer < 0:
-        raise ValueError(f"{name}: its layer lies before the stage's first layer {-offset}")
-    return f"decoder.layers.{layer}.{name[match.end() :]}"
+        raise ValueError(f"{name}: its layer lies before the stage's first layer {-layers}")
+    name = f"decoder.layers.{layer}.{name[match.end() :]}"
+    return _EXPERT.sub(lambda m: f".local_experts.{int(m[1]) + experts}.", name)
 
 
 def _uncuttable(parameter: Parameter, *, size: int, tp_size: int) -> str:
@@ -194,54 +220,3 @@ def _uncuttable(parameter: Parameter, *, size: int, tp_size: int) -> str:
         f"{parameter.name}: {size // blocks} indices along dim {dim} cannot be cut in "
         f"--tensor-model-parallel-size {tp_size} equal parts"
     )
-
-
-def _layer_parameters(arch: Architecture, layer: int) -> Iterator[Parameter]:
-    prefix = f"decoder.layers.{layer}"
-    hidden, heads_width = arch.hidden_size, arch.num_attention_heads * arch.head_dim
-    qkv_width = heads_width + 2 * arch.query_groups * arch.head_dim
-    gate_and_up = 2 if arch.swiglu else 1
-    attention, mlp = f"{prefix}.self_attention", f"{prefix}.mlp"
-    yield from _norm(arch, f"{prefix}.input_layernorm", layer)
-    yield from _column(
-        f"{attention}.linear_qkv", (qkv_width, hidden), layer, bias=arch.has_qkv_bias
-    )
-    yield from _row(
-        f"{attention}.linear_proj", (hidden, heads_width), layer, bias=arch.add_bias_linear
-    )
-    yield from _norm(arch, f"{prefix}.pre_mlp_layernorm", layer)
-    fc1_shape = (gate_and_up * arch.ffn_size, hidden)
-    yield from _column(
-        f"{mlp}.linear_fc1", fc1_shape, layer, bias=arch.add_bias_linear, blocks=gate_and_up
-    )
-    yield from _row(f"{mlp}.linear_fc2", (hidden, arch.ffn_size), layer, bias=arch.add_bias_linear)
-
-
-def _norm(arch: Architecture, module: str, layer: int | None) -> Iterator[Parameter]:
-    shape = (arch.hidden_size,)
-    yield Parameter(name=f"{module}.weight", shape=shape, split=None, layer=layer, init="ones")
-    if arch.normalization == "LayerNorm":
-        yield Parameter(name=f"{module}.bias", shape=shape, split=None, layer=layer, init="zeros")
-
-
-def _column(
-    module: str, shape: tuple[int, int], layer: int, *, bias: bool, blocks: int = 1
-) -> Iterator[Parameter]:
-    """Output features are cut: weight and bias along dim 0."""
-    split = Split(0, blocks)
-    yield Parameter(name=f"{module}.weight", shape=shape, split=split, layer=layer, init="normal")
-    if bias:
-        yield Parameter(
-            name=f"{module}.bias", shape=shape[:1], split=split, layer=layer, init="zeros"
-        )
-
-
-def _row(module: str, shape: tuple[int, int], layer: int, *, bias: bool) -> Iterator[Parameter]:
-    """Input features are cut: weight along dim 1; the bias joins after the sum: all have it."""
-    yield Parameter(
-        name=f"{module}.weight", shape=shape, split=Split(1), layer=layer, init="scaled_normal"
-    )
-    if bias:
-        yield Parameter(
-            name=f"{module}.bias", shape=shape[:1], split=None, layer=layer, init="zeros"
-        )

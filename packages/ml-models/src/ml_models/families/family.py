@@ -1,93 +1,65 @@
-"""What a model family is: a translation of `config.json`, and a list of rules for its weights.
+"""What a model family is: how its `config.json` reads, where its weights go, its published sizes.
 
-A rule names a Megatron-Core module and says which rows of which Hugging Face modules are its rows,
-in order. That is all conversion needs: the pieces of every rule form one list of row ranges, which
-reads from left to right or from right to left, so both directions come from the same rule and
-cannot disagree. `*` stands for the layer number; weight and bias of a module follow the same rule.
+A family is data. The entries of its configuration and the rules of its weights each know both
+directions, so reading and writing cannot disagree, and nothing else in the repository knows a
+family by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from typing import NamedTuple
 
 from ml_models.architecture import Architecture
-from ml_models.weights import Parameter, parameters
+from ml_models.families.config_json import Config
+from ml_models.families.entries import Entry
+from ml_models.families.rules import Part, Rule
+from ml_models.parameter import Parameter
+from ml_models.weights import parameters
+
+_NUMBERS = ((re.compile(r"\.layers\.\d+\."), ".layers.*."), (re.compile(r"s\.\d+\."), "s.@."))
 
 
 class Piece(NamedTuple):
-    """Rows of a Hugging Face tensor that are rows of a Megatron-Core tensor."""
+    """Rows of a parameter, and where they lie in a Hugging Face tensor."""
 
-    hf_name: str
-    hf_row: int
     name: str
+    """The parameter."""
     row: int
-    rows: int
+    """First of its rows."""
+    hf_name: str
+    """The Hugging Face tensor."""
+    part: Part
 
 
-class Part(NamedTuple):
-    """The next rows of a Megatron-Core module: where in a Hugging Face module they lie."""
+class HfTensor(NamedTuple):
+    """A Hugging Face tensor of a model.
 
-    hf_module: str
-    hf_row: int
-    rows: int
+    `view` is its shape as (entries, rows / step, step, columns), or with `transposed` as
+    (entries, columns, rows / step, step): row `first + step * i` of an entry is then row i of a
+    part.
+    """
 
-
-class Rule(Protocol):
-    """Where the rows of one Megatron-Core module come from."""
-
-    @property
-    def module(self) -> str:
-        """Megatron-Core module, `*` for the layer number."""
-
-    def parts(self, arch: Architecture, rows: int) -> Iterator[Part]:
-        """List the rows of the module from first to last; `rows` is how many there are."""
+    shape: tuple[int, ...]
+    view: tuple[int, int, int, int]
+    transposed: bool
 
 
-@dataclass(frozen=True)
-class Same:
-    """The same tensor under another name."""
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A published model."""
 
-    module: str
-    hf_module: str
-
-    def parts(self, arch: Architecture, rows: int) -> Iterator[Part]:  # noqa: ARG002
-        """All rows, in order."""
-        yield Part(self.hf_module, 0, rows)
-
-
-@dataclass(frozen=True)
-class Stacked:
-    """Tensors of equal size on top of each other, such as [gate; up]."""
-
-    module: str
-    hf_modules: tuple[str, ...]
-
-    def parts(self, arch: Architecture, rows: int) -> Iterator[Part]:  # noqa: ARG002
-        """All rows of the first, then all of the next."""
-        for hf_module in self.hf_modules:
-            yield Part(hf_module, 0, rows // len(self.hf_modules))
-
-
-@dataclass(frozen=True)
-class GroupedQkv:
-    """Query, key and value in one tensor, by query group: its queries, its key, its value."""
-
-    module: str
-    query: str
-    key: str
-    value: str
-
-    def parts(self, arch: Architecture, rows: int) -> Iterator[Part]:  # noqa: ARG002
-        """Group by group, the query heads, then the key head, then the value head."""
-        head = arch.head_dim
-        queries = arch.num_attention_heads // arch.query_groups * head
-        for group in range(arch.query_groups):
-            yield Part(self.query, group * queries, queries)
-            yield Part(self.key, group * head, head)
-            yield Part(self.value, group * head, head)
+    name: str
+    """Its name, such as `llama2-7b`: `examples/<family>/<name>.yaml` trains it."""
+    config: Config
+    """What its config.json says, without what the family says of all sizes."""
+    parameters: int
+    """How many parameters it was published with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,17 +71,54 @@ class Family:
     aliases: tuple[str, ...] = ()
     """Other names it is known by on command lines."""
     model_types: tuple[str, ...]
-    """Values of `model_type` in config.json."""
+    """Values of `model_type` in config.json; the first is written."""
     architectures: tuple[str, ...]
     """Values of `architectures` in config.json, for files without a model type."""
-    from_hf: Callable[[Mapping[str, object]], Architecture]
-    """Translate a config.json; raises ValueError for what cannot be represented."""
-    to_hf: Callable[[Architecture, str], dict[str, object]]
-    """Write a config.json for a model stored in this dtype; raises ValueError likewise."""
+    config: tuple[Entry, ...]
+    """What config.json says."""
     rules: tuple[Rule, ...]
     """Where the weights go."""
     ignored: tuple[str, ...] = ()
     """Patterns of Hugging Face tensors that hold no weights, such as rotary frequencies."""
+    optional_prefix: str = ""
+    """First part of the names of Hugging Face tensors that some files leave out."""
+    sizes: tuple[Size, ...] = ()
+    """Published models."""
+
+    # config.json
+
+    def from_hf(self, config: Config) -> Architecture:
+        """Translate a config.json.
+
+        Raises:
+            ValueError: It is incomplete, or says what cannot be represented.
+        """
+        fields: dict[str, object] = {}
+        for entry in self.config:
+            fields |= entry.read(config)
+        return Architecture(**fields)  # type: ignore[arg-type]
+
+    def to_hf(self, arch: Architecture, dtype: str) -> dict[str, object]:
+        """Write a config.json for a model whose weights are stored in this dtype.
+
+        Raises:
+            ValueError: A config.json of this family cannot say what the model is.
+        """
+        config: dict[str, object] = {
+            "architectures": [self.architectures[0]],
+            "model_type": self.model_types[0],
+        }
+        for entry in self.config:
+            config |= entry.write(arch)
+        found = self.from_hf(config)
+        for field in dataclasses.fields(arch):
+            ours, theirs = getattr(arch, field.name), getattr(found, field.name)
+            if field.compare and ours != theirs:
+                flag = f"--{field.name.replace('_', '-')}"
+                raise ValueError(
+                    f"not a {self.name} model: {flag} is {ours}, config.json can only say {theirs}"
+                )
+        return config | {"use_cache": True, "dtype": dtype, "torch_dtype": dtype}
 
     def represents(self, arch: Architecture) -> bool:
         """Tell whether a config.json of this family can say what the model is."""
@@ -119,35 +128,64 @@ class Family:
             return False
         return True
 
+    def size(self, size: Size) -> Architecture:
+        """Describe a published model."""
+        return self.from_hf(size.config)
+
+    # Weights
+
     def pieces(self, arch: Architecture) -> Iterator[Piece]:
         """List where all rows of all parameters come from, in the order of `parameters(arch)`."""
-        rules = {rule.module: rule for rule in self.rules}
         for parameter in parameters(arch):
-            yield from self._parameter_pieces(arch, parameter, rules)
+            rule, row = self.rule(parameter), 0
+            for part in rule.parts(arch, parameter):
+                name = rule.hf_name(part.hf_module, parameter)
+                yield Piece(parameter.name, row, name, part)
+                row += part.rows
 
-    def tensors(self, arch: Architecture) -> dict[str, tuple[int, ...]]:
+    def tensors(self, arch: Architecture) -> dict[str, HfTensor]:
         """Give the name and shape of every Hugging Face tensor of a model, in reading order."""
-        trailing = {parameter.name: parameter.shape[1:] for parameter in parameters(arch)}
-        shapes: dict[str, tuple[int, ...]] = {}
+        table = {parameter.name: parameter for parameter in parameters(arch)}
+        rows: dict[str, int] = {}
+        last: dict[str, Piece] = {}
         for piece in self.pieces(arch):
-            rows = max(piece.hf_row + piece.rows, shapes.get(piece.hf_name, (0,))[0])
-            shapes[piece.hf_name] = (rows, *trailing[piece.name])
-        return shapes
+            part = piece.part
+            end = (part.first // part.step + part.rows) * part.step
+            rows[piece.hf_name] = max(end, rows.get(piece.hf_name, 0))
+            last[piece.hf_name] = piece
+        return {
+            name: self._tensor(arch, rows[name], piece.part, table[piece.name])
+            for name, piece in last.items()
+        }
+
+    def rule(self, parameter: Parameter) -> Rule:
+        """Find the rule of a parameter.
+
+        Raises:
+            ValueError: The family has no place for it.
+        """
+        module = parameter.name.rpartition(".")[0]
+        if parameter.layer is not None:
+            for number, wildcard in _NUMBERS:
+                module = number.sub(wildcard, f"{module}.").removesuffix(".")
+        if module not in self._rules:
+            raise ValueError(f"{parameter.name}: family {self.name} has no place for it")
+        return self._rules[module]
 
     def ignores(self, hf_name: str) -> bool:
         """Tell whether a Hugging Face tensor holds no weights."""
         return any(fnmatchcase(hf_name, pattern) for pattern in self.ignored)
 
-    def _parameter_pieces(
-        self, arch: Architecture, parameter: Parameter, rules: Mapping[str, Rule]
-    ) -> Iterator[Piece]:
-        module, kind = parameter.name.rsplit(".", 1)
-        layer = "" if parameter.layer is None else str(parameter.layer)
-        rule = rules.get(module.replace(f".{layer}.", ".*.", 1) if layer else module)
-        if rule is None:
-            raise ValueError(f"{parameter.name}: family {self.name} has no place for it")
-        row = 0
-        for part in rule.parts(arch, parameter.shape[0]):
-            hf_name = f"{part.hf_module.replace('*', layer)}.{kind}"
-            yield Piece(hf_name, part.hf_row, parameter.name, row, part.rows)
-            row += part.rows
+    @cached_property
+    def _rules(self) -> dict[str, Rule]:
+        return {rule.module: rule for rule in self.rules}
+
+    def _tensor(self, arch: Architecture, rows: int, part: Part, parameter: Parameter) -> HfTensor:
+        entries = () if part.entry is None else (arch.num_experts or 0,)
+        columns = parameter.shape[1:]
+        transposed = self.rule(parameter).transposed and bool(columns)
+        shape = (*columns, rows) if transposed else (rows, *columns)
+        width, groups = columns[0] if columns else 1, rows // part.step
+        last = (width, groups, part.step) if transposed else (groups, part.step, width)
+        view = (entries[0] if entries else 1, *last)
+        return HfTensor((*entries, *shape), view, transposed)

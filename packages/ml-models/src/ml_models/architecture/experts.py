@@ -1,0 +1,123 @@
+"""Mixture of experts: MLPs of which a router chooses a few for each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ml_models.architecture.rules import (
+    at_least_one,
+    flag,
+    not_negative,
+    one_of,
+    only_with,
+    positive,
+)
+
+_NEED_EXPERTS = (
+    "moe_ffn_hidden_size",
+    "first_k_dense_replace",
+    "n_shared_experts",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+    "moe_router_pre_softmax",
+    "norm_topk_prob",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_enable_expert_bias",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The part of an architecture that says which layers have experts, and how they are chosen."""
+
+    num_layers: int
+    """Number of transformer layers."""
+    num_experts: int | None = None
+    """Number of experts in a layer; default none: every layer has one MLP."""
+    moe_router_topk: int = 2
+    """Experts that a token goes to."""
+    moe_ffn_hidden_size: int | None = field(
+        default=None, metadata={"aliases": ("--moe-intermediate-size",)}
+    )
+    """Width of one expert; default that of an MLP."""
+    moe_layer_freq: int = 1
+    """Every n-th layer has experts, counted from layer 0."""
+    first_k_dense_replace: int = 0
+    """The first layers have no experts, this many."""
+    n_shared_experts: int | None = None
+    """Experts that every token goes to; together they are one MLP."""
+    moe_shared_expert_intermediate_size: int | None = None
+    """Width of the shared experts together; default their number times that of an expert."""
+    moe_shared_expert_gate: bool = False
+    """Weigh the shared experts by a gate of their own."""
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """What turns the router's logits into scores."""
+    moe_router_pre_softmax: bool = False
+    """Take the softmax over all experts; without it, over those that were chosen."""
+    norm_topk_prob: bool = False
+    """Divide the scores of the chosen experts by their sum."""
+    routed_scaling_factor: float = field(
+        default=1.0, metadata={"aliases": ("--moe-router-topk-scaling-factor",)}
+    )
+    """Multiplies the scores of the chosen experts."""
+    moe_router_num_groups: int | None = None
+    """Choose among groups of experts first, this many."""
+    moe_router_group_topk: int | None = field(default=None, metadata={"aliases": ("--topk-group",)})
+    """Groups that stay in the choice."""
+    moe_router_group_score: Literal["max", "top2_sum"] = "max"
+    """A group counts as much as its best expert (DeepSeek-V2), or its best two (DeepSeek-V3)."""
+    moe_router_enable_expert_bias: bool = False
+    """Add a bias to the scores for the choice only, to balance without a loss (DeepSeek-V3)."""
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = "aux_loss"
+    """How the router learns to use all experts alike."""
+    moe_aux_loss_coeff: float = 0.0
+    """Weight of the loss that balances experts."""
+    moe_z_loss_coeff: float = 0.0
+    """Weight of the loss that keeps the router's logits small."""
+
+    def _check_experts(self) -> None:
+        one_of(self, "moe_router_score_function", ("softmax", "sigmoid"))
+        one_of(self, "moe_router_load_balancing_type", ("aux_loss", "seq_aux_loss", "none"))
+        one_of(self, "moe_router_group_score", ("max", "top2_sum"))
+        at_least_one(self, ("num_experts", "moe_router_topk", "moe_ffn_hidden_size"))
+        at_least_one(self, ("moe_layer_freq", "n_shared_experts"))
+        at_least_one(self, ("moe_shared_expert_intermediate_size", "moe_router_num_groups"))
+        positive(self, ("routed_scaling_factor",))
+        not_negative(self, ("first_k_dense_replace", "moe_aux_loss_coeff", "moe_z_loss_coeff"))
+        only_with(self, "num_experts", _NEED_EXPERTS)
+        if self.num_experts is not None:
+            self._check_choice(self.num_experts)
+
+    def _check_choice(self, num_experts: int) -> None:
+        if self.moe_router_topk > num_experts:
+            raise ValueError(
+                f"{flag('moe_router_topk', self.moe_router_topk)}: must be at most "
+                f"{flag('num_experts', num_experts)}"
+            )
+        groups, kept = self.moe_router_num_groups, self.moe_router_group_topk
+        if (groups is None) != (kept is None):
+            raise ValueError("--moe-router-num-groups: needs --moe-router-group-topk, and it this")
+        if groups is None or kept is None:
+            return
+        if num_experts % groups:
+            raise ValueError(
+                f"{flag('moe_router_num_groups', groups)}: must divide "
+                f"{flag('num_experts', num_experts)}"
+            )
+        if not 1 <= kept <= groups:
+            given = flag("moe_router_group_topk", kept)
+            raise ValueError(f"{given}: must be from 1 to {flag('moe_router_num_groups', groups)}")
+
+    def has_experts(self, layer: int) -> bool:
+        """Tell whether a layer (numbered from 0) has experts in place of an MLP."""
+        chosen = layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+        return self.num_experts is not None and chosen
+
+    @property
+    def shared_expert_size(self) -> int:
+        """Width of the shared experts together; 0 if there are none."""
+        if self.moe_shared_expert_intermediate_size is not None:
+            return self.moe_shared_expert_intermediate_size
+        return (self.n_shared_experts or 0) * (self.moe_ffn_hidden_size or 0)

@@ -1,0 +1,97 @@
+"""What the checks of an architecture share: messages that name the flag, the value and the rule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def flag(name: str, value: object = "") -> str:
+    """Write a field as the flag it is, with a value."""
+    return f"--{name.replace('_', '-')} {value}".rstrip()
+
+
+def at_least_one(arch: Any, names: Iterable[str]) -> None:
+    """Check that sizes are positive; None is a size that is not given.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for name in names:
+        value = getattr(arch, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{flag(name, value)}: must be at least 1")
+
+
+def positive(arch: Any, names: Iterable[str]) -> None:
+    """Check that numbers are greater than 0; None is a number that is not given.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for name in names:
+        value = getattr(arch, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{flag(name, value)}: must be greater than 0")
+
+
+def not_negative(arch: Any, names: Iterable[str]) -> None:
+    """Check that numbers are at least 0; None is a number that is not given.
+
+    Raises:
+        ValueError: One is not.
+    """
+    for name in names:
+        value = getattr(arch, name)
+        if value is not None and value < 0:
+            raise ValueError(f"{flag(name, value)}: must be at least 0")
+
+
+def one_of(arch: Any, name: str, valid: Iterable[object]) -> None:
+    """Check that a value is one of those that exist.
+
+    Raises:
+        ValueError: It is not.
+    """
+    choices = tuple(valid)
+    if getattr(arch, name) not in choices:
+        listed = ", ".join(map(str, choices))
+        raise ValueError(f"{flag(name, getattr(arch, name))}: valid are {listed}")
+
+
+def only_with(arch: Any, switch: str, names: Iterable[str]) -> None:
+    """Check that values that mean nothing without another are not given without it.
+
+    Raises:
+        ValueError: One is.
+    """
+    for name in names:
+        value = getattr(arch, name)
+        if value and not getattr(arch, switch):
+            raise ValueError(f"{flag(name, value)}: means nothing without {flag(switch)}")
+
+
+def per_layer(name: str, pattern: tuple[int, ...] | None, num_layers: int) -> tuple[bool, ...]:
+    """Spell out a pattern of layers as Megatron writes it.
+
+    Args:
+        name: The field, for messages.
+        pattern: One number n: every n-th layer is True, the others False. Several: 1 for True and
+            0 for False, one for each layer. None: all are False.
+        num_layers: Number of layers.
+
+    Raises:
+        ValueError: It has the wrong length, or other numbers.
+    """
+    if pattern is None:
+        return (False,) * num_layers
+    given = flag(name, ",".join(map(str, pattern)))
+    if len(pattern) == 1 and num_layers > 1:
+        if pattern[0] < 1:
+            raise ValueError(f"{given}: must be at least 1")
+        return tuple((layer + 1) % pattern[0] == 0 for layer in range(num_layers))
+    if len(pattern) != num_layers or not set(pattern) <= {0, 1}:
+        raise ValueError(
+            f"{given}: must be one number, or 0 or 1 for each of --num-layers {num_layers}"
+        )
+    return tuple(map(bool, pattern))
