@@ -75,11 +75,99 @@ def test_query_key_value_have_a_bias_with_either_switch():
         ({"use_rotary_position_embeddings": False}, r"contradicts --position-embedding-type rope"),
         ({"group_query_attention": True}, r"--group-query-attention: .*--num-query-groups"),
         ({"hidden_size": 16, "swiglu": True}, r"--hidden-size 16: too small .*--ffn-hidden-size"),
+        ({"swiglu": True, "geglu": True}, r"--swiglu, --geglu: choose one"),
+        ({"add_rmsnorm_offset": True}, r"--add-rmsnorm-offset: needs --normalization RMSNorm"),
+        ({"norm_head": True}, r"--norm-head: needs --untie-embeddings"),
+        ({"activation_func_clamp_value": 7.0}, r"means nothing without --quick-geglu"),
+        ({"rotary_percent": 1.5}, r"--rotary-percent 1.5: must be greater than 0 and at most 1"),
+        ({"rope_scaling_type": "ntk"}, r"--rope-scaling-type ntk: valid are .*llama3, yarn"),
+        ({"rope_scaling_type": "llama3"}, r"--rope-scaling-type llama3: needs --low-freq-factor"),
+        ({"low_freq_factor": 1.0}, r"--low-freq-factor 1.0: means nothing without --rope-scaling"),
+        ({"window_attn_skip_freq": (2,)}, r"means nothing without --sliding-window"),
+        ({"sliding_window": 0}, r"--sliding-window 0: must be at least 1"),
+        (
+            {"sliding_window": 8, "window_attn_skip_freq": (1, 0, 1)},
+            r"--window-attn-skip-freq 1,0,1: must be one number, or 0 or 1 for each of .* 2",
+        ),
+        ({"no_rope_freq": (0,)}, r"--no-rope-freq 0: must be at least 1"),
+        ({"multi_latent_attention": True}, r"--multi-latent-attention: also needs --kv-lora-rank"),
+        ({"v_head_dim": 8}, r"--v-head-dim 8: means nothing without --multi-latent-attention"),
+        ({"n_shared_experts": 1}, r"--n-shared-experts 1: means nothing without --num-experts"),
+        ({"num_experts": 4, "moe_router_topk": 5}, r"topk 5: must be at most --num-experts 4"),
+        ({"num_experts": 4, "moe_router_num_groups": 2}, r"needs --moe-router-group-topk"),
+        (
+            {"num_experts": 4, "moe_router_num_groups": 3, "moe_router_group_topk": 1},
+            r"--moe-router-num-groups 3: must divide --num-experts 4",
+        ),
+        (
+            {"num_experts": 4, "moe_router_num_groups": 2, "moe_router_group_topk": 3},
+            r"--moe-router-group-topk 3: must be from 1 to --moe-router-num-groups 2",
+        ),
     ],
 )
 def test_impossible_models_are_refused_with_flag_value_and_rule(changes, message):
     with pytest.raises(ValueError, match=message):
         build(**changes)
+
+
+def test_biases_everywhere_say_what_biases_here_and_there_would():
+    assert build(add_qkv_bias=True, add_dense_bias=True) == build()
+    some = build(add_bias_linear=False, add_dense_bias=True)
+    assert (some.has_qkv_bias, some.has_dense_bias) == (False, True)
+
+
+def test_windows_follow_a_frequency_or_a_list():
+    def windows(*pattern):
+        return build(num_layers=6, sliding_window=8, window_attn_skip_freq=pattern or None).windows
+
+    assert build().windows == (None, None)
+    assert windows() == (8,) * 6
+    assert windows(3) == (8, 8, None, 8, 8, None)
+    assert windows(1, 0, 0, 1, 1, 0) == (8, None, None, 8, 8, None)
+
+
+def test_layers_without_positions_follow_a_frequency_or_a_list():
+    assert build().layers_with_rope == (True, True)
+    assert build(num_layers=4, no_rope_freq=(2,)).layers_with_rope == (True, False, True, False)
+    assert build(no_rope_freq=(1, 0)).layers_with_rope == (False, True)
+    assert build(position_embedding_type="alibi").layers_with_rope == (False, False)
+
+
+def test_the_first_layers_and_those_between_have_no_experts():
+    arch = build(num_layers=6, num_experts=4, first_k_dense_replace=1, moe_layer_freq=2)
+    assert [arch.has_experts(layer) for layer in range(6)] == [
+        False,
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert not build().has_experts(0)
+    assert arch.expert_size == arch.ffn_size
+
+
+def test_shared_experts_are_as_wide_as_their_number_or_as_given():
+    arch = build(num_experts=4, moe_ffn_hidden_size=24, n_shared_experts=2)
+    assert arch.shared_expert_size == 48
+    given = build(num_experts=4, moe_shared_expert_intermediate_size=40)
+    assert given.shared_expert_size == 40
+    assert build().shared_expert_size == 0
+
+
+LATENT = {
+    "multi_latent_attention": True,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 10,
+}
+
+
+def test_a_head_of_latent_attention_has_two_parts():
+    arch = build(**LATENT)
+    assert (arch.head_dim, arch.value_head_dim, arch.rotary_dim) == (12, 10, 4)
+    assert build(rotary_percent=0.5).rotary_dim == 8
 
 
 def test_every_field_is_documented_for_help():

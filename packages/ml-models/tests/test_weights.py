@@ -13,6 +13,7 @@ from ml_models.weights import (
     Parameter,
     Split,
     check_tensor_parallel,
+    expert_range,
     global_name,
     local_name,
     padded_vocab_size,
@@ -225,3 +226,103 @@ def test_layer_numbers_go_from_model_to_stage_and_back():
     assert local_name("output_layer.weight", first_layer=10) == "output_layer.weight"
     with pytest.raises(ValueError, match="before the stage's first layer 13"):
         local_name(name, first_layer=13)
+
+
+SIZES = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "vocab_size": 10,
+    "max_position_embeddings": 16,
+}
+
+
+def build(**changes):
+    return Architecture(**{**SIZES, **changes})
+
+
+def shapes(**changes):
+    return {p.name: p.shape for p in parameters(build(**changes)) if p.layer in (None, 0)}
+
+
+def test_latent_attention_has_projections_down_on_every_rank_and_up_by_heads():
+    latent = {
+        "multi_latent_attention": True,
+        "num_query_groups": None,
+        "kv_lora_rank": 16,
+        "qk_head_dim": 8,
+        "qk_pos_emb_head_dim": 4,
+        "v_head_dim": 10,
+        "qk_layernorm": True,
+    }
+    arch = build(**latent, q_lora_rank=24)
+    table = {p.name.removeprefix("decoder.layers.0.self_attention."): p for p in parameters(arch)}
+    heads, hidden = arch.num_attention_heads, arch.hidden_size
+    expected = {
+        "linear_q_down_proj.weight": ((24, hidden), None),
+        "q_layernorm.weight": ((24,), None),
+        "linear_q_up_proj.weight": ((heads * 12, 24), 0),
+        "linear_kv_down_proj.weight": ((16 + 4, hidden), None),
+        "kv_layernorm.weight": ((16,), None),
+        "linear_kv_up_proj.weight": ((heads * (8 + 10), 16), 0),
+        "linear_proj.weight": ((hidden, heads * 10), 1),
+    }
+    for name, (shape, dim) in expected.items():
+        assert table[name].shape == shape, name
+        assert (table[name].split and table[name].split.dim) == dim, name
+    assert "linear_qkv.weight" not in table
+    direct = shapes(**latent)
+    assert direct["decoder.layers.0.self_attention.linear_q_proj.weight"] == (heads * 12, hidden)
+
+
+def test_experts_are_numbered_and_the_router_is_on_every_rank():
+    arch = build(num_experts=4, moe_ffn_hidden_size=24, n_shared_experts=2, swiglu=True,
+                 moe_router_enable_expert_bias=True, moe_shared_expert_gate=True)  # fmt: skip
+    mlp = "decoder.layers.0.mlp."
+    table = {p.name.removeprefix(mlp): p for p in parameters(arch) if p.name.startswith(mlp)}
+    assert table["router.weight"].shape == (4, arch.hidden_size)
+    assert table["router.weight"].split is None
+    assert table["router.expert_bias"].float32
+    fc1 = table["experts.local_experts.3.linear_fc1.weight"]
+    assert (fc1.shape, fc1.expert) == ((48, arch.hidden_size), 3)
+    assert table["shared_experts.linear_fc1.weight"].shape == (96, arch.hidden_size)
+    assert table["shared_experts.gate_weight"].shape == (1, arch.hidden_size)
+    held = stage_parameters(arch, range(1), first=True, last=False, experts=range(2, 4))
+    assert {p.expert for p in held} == {None, 2, 3}
+
+
+def test_experts_are_dealt_out_in_order_and_numbered_from_zero_on_each_rank():
+    arch = build(num_experts=6)
+    assert expert_range(arch, ep_rank=1, ep_size=3) == range(2, 4)
+    name = "decoder.layers.5.mlp.experts.local_experts.3.linear_fc1.weight"
+    local = local_name(name, first_layer=4, first_expert=2)
+    assert local == "decoder.layers.1.mlp.experts.local_experts.1.linear_fc1.weight"
+    assert global_name(local, first_layer=4, first_expert=2) == name
+    with pytest.raises(
+        ValueError, match=r"size 4: must divide --num-experts 6 \(valid: 1, 2, 3, 6"
+    ):
+        expert_range(arch, ep_rank=0, ep_size=4)
+
+
+def test_optional_parts_of_a_layer_and_of_the_embedding_have_their_parameters():
+    found = shapes(
+        post_norm=True, qk_layernorm=True, softmax_type="learnable", embed_layernorm=True,
+        position_embedding_type="learned_absolute", add_bias_linear=False, add_dense_bias=True,
+    )  # fmt: skip
+    arch = build()
+    layer, hidden = "decoder.layers.0", (arch.hidden_size,)
+    assert found[f"{layer}.post_attn_norm.weight"] == hidden
+    assert found[f"{layer}.post_mlp_layernorm.weight"] == hidden
+    assert found[f"{layer}.self_attention.q_layernorm.weight"] == (arch.head_dim,)
+    sinks = f"{layer}.self_attention.core_attention.softmax_offset"
+    assert found[sinks] == (arch.num_attention_heads,)
+    assert found[f"{layer}.self_attention.linear_proj.bias"] == hidden
+    assert f"{layer}.self_attention.linear_qkv.bias" not in found
+    positions = found["embedding.position_embeddings.weight"]
+    assert positions == (arch.max_position_embeddings, arch.hidden_size)
+    assert found["embedding.word_embeddings.norm.bias"] == hidden
+
+
+def test_norms_that_add_one_start_at_zero():
+    table = parameters(build(normalization="RMSNorm", add_rmsnorm_offset=True))
+    assert {p.init for p in table if "norm" in p.name} == {"zeros"}
