@@ -1,4 +1,4 @@
-"""Attention on a CPU: the gradients written for bfloat16, and the tiles of torch's kernel."""
+"""Attention on a CPU: what is written for causal bfloat16, and the tiles of torch's kernel."""
 
 from __future__ import annotations
 
@@ -40,6 +40,19 @@ def ours(query, key, value, upstream, scale=0.25):
     )
 
 
+def forward_errors(query, key, value, scale=0.25):
+    """Return the errors of output and log-sum-exp, ours and torch's."""
+    upstream = torch.zeros_like(query)
+    expected, expected_lse, _ = torchs_own(*(t.double() for t in (query, key, value, upstream)))
+    found, lse = causal.causal_attention(query, key, value, scale)
+    theirs, their_lse, _ = torchs_own(query, key, value, upstream)
+    assert found.dtype == torch.bfloat16
+    assert lse.dtype == torch.float32
+    assert found.shape == query.shape
+    lses = [(x - expected_lse).abs().max() for x in (lse.permute(1, 2, 0), their_lse)]
+    return relative_errors([found, theirs], [expected, expected]), [float(x) for x in lses]
+
+
 def relative_errors(found, expected):
     return [float((f.double() - e).norm() / e.norm()) for f, e in zip(found, expected, strict=True)]
 
@@ -60,6 +73,60 @@ def test_large_bfloat16_scores_cost_no_more_accuracy_than_in_torch(size):
     expected = exact(*given)
     torchs = relative_errors(torchs_own(*given)[2], expected)
     assert max(relative_errors(ours(*given), expected)) < 1.5 * max(torchs)
+
+
+@pytest.mark.parametrize("size", [1.0, 3.0, 8.0])
+@pytest.mark.parametrize("groups", [6, 2, 1])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_large_scores_cost_the_output_no_accuracy(size, groups, batch):
+    given = inputs(torch.bfloat16, size=size, groups=groups, batch=batch)[:3]
+    (our_error, torchs_error), (our_lse, torchs_lse) = forward_errors(*given)
+    largest = torch.einsum("sbnd,sbnd->sbn", given[0], given[0]).max() * 0.25  # about a score
+    assert our_error < 1.3 * torchs_error
+    assert our_lse < torchs_lse + 2**-17 * largest
+
+
+@pytest.mark.parametrize("positions", [1, 2, 63, 64, 65, 127, 128, 129, 300])
+@pytest.mark.parametrize("groups", [6, 2])
+def test_the_output_of_any_number_of_positions(positions, groups):
+    errors, lses = forward_errors(*inputs(torch.bfloat16, positions=positions, groups=groups)[:3])
+    assert errors[0] < 4e-3
+    assert lses[0] < 2e-5
+
+
+def test_the_output_of_views_of_one_projection():
+    mixed = torch.cat(inputs(torch.bfloat16)[:3], dim=2).transpose(0, 1).contiguous()
+    query, key, value = mixed.transpose(0, 1).split([6, 2, 2], dim=2)
+    errors, lses = forward_errors(query, key, value)
+    assert errors[0] < 4e-3
+    assert lses[0] < 2e-5
+
+
+def test_the_output_ignores_future_scores_however_large():
+    query, key, value, _ = inputs(torch.bfloat16, positions=130)
+    before, lse = causal.causal_attention(query, key, value, 0.25)
+    key[65:], value[65:] = 1e4, 1e4
+    after, new_lse = causal.causal_attention(query, key, value, 0.25)
+    assert torch.equal(after[:65], before[:65])
+    assert torch.equal(new_lse[:65], lse[:65])
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False])
+@pytest.mark.parametrize(("positions", "times"), [(255, 0), (256, 1)])
+def test_the_forward_pass_is_used_for_many_queries(monkeypatch, needs_gradient, positions, times):
+    calls, function = [], causal.causal_attention
+    monkeypatch.setattr(causal, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(causal, "causal_attention", lambda *x: calls.append(x) or function(*x))
+    given = inputs(torch.bfloat16, positions=positions)[:3]
+    leaves = [t.requires_grad_(needs_gradient) for t in given]
+    out, lse = flash_attention(*leaves, layout="SBND", causal=True, return_lse=True)
+    expected = flash_attention(
+        *leaves, layout="SBND", causal=True, return_lse=True, backend="reference"
+    )
+    assert_near([out.detach()], [expected[0].detach()], torch.bfloat16)
+    torch.testing.assert_close(lse, expected[1], rtol=0, atol=2e-4)
+    assert len(calls) == times
+    assert out.requires_grad == needs_gradient
 
 
 def test_tensors_that_are_views_of_one_projection_are_accepted():

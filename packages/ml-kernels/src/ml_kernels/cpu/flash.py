@@ -25,6 +25,10 @@ from ml_kernels.layouts import rows_of_numbers
 _ATEN = torch.ops.aten
 _Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
+_MANY = 256
+"""Queries from which the forward pass of `causal` is the faster: 512 take 2.8 ms, 4.8 in torch's
+kernel; 128 take 0.43 ms, and 0.38 (12 heads in 4 groups of 64 channels)."""
+
 
 class Tile(NamedTuple):
     """Some queries, and the keys they see."""
@@ -65,7 +69,7 @@ def attend(
     """
     query, key, value = (rows_of_numbers(t) for t in (query, key, value))
     plain = sinks is None and _is_whole(tiles, query, key)
-    if plain and not (torch.is_grad_enabled() and _has_faster_gradients(query, tiles[0])):
+    if plain and not (torch.is_grad_enabled() and _is_faster_in_products(query, tiles[0])):
         return _forward(query, key, value, None, scale, tiles[0])  # torch has the derivative
     result: tuple[torch.Tensor, torch.Tensor] = _Flash.apply(  # type: ignore[no-untyped-call]
         query, key, value, sinks, scale, tiles
@@ -178,9 +182,14 @@ def _forward(
     scale: float,
     tile: Tile,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, tile.causal, attn_mask=tile.bias, scale=scale
-    )
+    if _is_faster_in_products(query, tile) and query.shape[2] >= _MANY:
+        q, k, v = (t.permute(2, 0, 1, 3) for t in (query, key, value))
+        out, lse = causal.causal_attention(q, k, v, scale)
+        out, lse = out.permute(1, 2, 0, 3), lse.permute(1, 2, 0)
+    else:
+        out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, tile.causal, attn_mask=tile.bias, scale=scale
+        )
     if sinks is None:
         return out, lse
     # Of blind queries, whose output is 0 whatever the sinks, the kernel says that it is 0.
@@ -198,7 +207,7 @@ def _backward(
     scale: float,
     tile: Tile,
 ) -> _Three:
-    if _has_faster_gradients(query, tile):
+    if _is_faster_in_products(query, tile):
         g, q, k, v, o = (t.permute(2, 0, 1, 3) for t in (gradient, query, key, value, out))
         found = causal.causal_gradients(g, q, k, v, o, lse.permute(2, 0, 1), scale)
         of_query, of_key, of_value = (t.permute(1, 2, 0, 3) for t in found)
@@ -209,7 +218,7 @@ def _backward(
     return found[0], found[1], found[2]
 
 
-def _has_faster_gradients(query: torch.Tensor, tile: Tile) -> bool:
+def _is_faster_in_products(query: torch.Tensor, tile: Tile) -> bool:
     plain = tile.causal and tile.bias is None and query.dtype == torch.bfloat16
     return plain and causal.multiplies_bfloat16()
 
