@@ -131,7 +131,7 @@ def flash_attention(
         scale=scale, dropout_p=dropout_p, sinks=sinks, return_lse=return_lse,
     )  # fmt: skip
     attend = implementation("flash_attention", query, backend)
-    if not (query.numel() and key.numel() and value.numel()):
+    if not (query.numel() and value.numel()):  # the key has dimensions of these two
         attend = attention_reference  # kernels need something to compute
     return attend(query, key, value, call)
 

@@ -48,7 +48,9 @@ def checked_call(
         TypeError: A dtype or a type does.
     """
     _check_kinds(query, key, value, layout, num_heads)
-    batch, heads, groups, queries, keys, width = _sizes(query, key, value, layout, num_heads or 0)
+    batch, heads, groups, queries, keys, width = _sizes(
+        query.shape, key.shape, value.shape, layout, num_heads or 0
+    )
     ends_q = ends_k = None
     if layout == "TND":
         ends_q = _ends("cu_seqlens_q", cu_seqlens_q, queries)
@@ -119,6 +121,32 @@ def _check_kinds(
     """Check layout, dtypes, devices and numbers of dimensions."""
     if layout not in LAYOUTS:
         raise _wrong("layout", repr(layout), f"must be one of {', '.join(LAYOUTS)}")
+    if not _are_alike(query, key, value, len(layout)):
+        _check_each(query, key, value, layout)
+    if layout not in ("SBH", "BSH"):
+        if num_heads is not None:
+            raise _wrong("num_heads", num_heads, f"layout {layout} says it: leave it out")
+    elif num_heads is None or num_heads < 1:
+        raise _wrong("num_heads", num_heads, f"layout {layout} needs the number of query heads")
+
+
+def _are_alike(query: object, key: object, value: object, dimensions: int) -> bool:
+    """Say whether all is well: a third of the time of looking for what is not."""
+    tensor = torch.Tensor
+    if not (isinstance(query, tensor) and isinstance(key, tensor) and isinstance(value, tensor)):
+        return False
+    dtype, device = query.dtype, query.device
+    return (
+        dtype.is_floating_point
+        and dtype == key.dtype == value.dtype
+        and device == key.device == value.device
+        and query.dim() == key.dim() == value.dim() == dimensions
+    )
+
+
+def _check_each(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout
+) -> None:
     named = (("query", query), ("key", key), ("value", value))
     for name, tensor in named:
         check_floating(_OPERATOR, name, tensor)
@@ -127,31 +155,27 @@ def _check_kinds(
     for name, tensor in named[1:]:
         check_same_dtype(_OPERATOR, name, tensor, query)
         check_same_device(_OPERATOR, name, tensor, query)
-    if layout not in ("SBH", "BSH"):
-        if num_heads is not None:
-            raise _wrong("num_heads", num_heads, f"layout {layout} says it: leave it out")
-    elif num_heads is None or num_heads < 1:
-        raise _wrong("num_heads", num_heads, f"layout {layout} needs the number of query heads")
 
 
 def _sizes(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, num_heads: int
+    query: torch.Size, key: torch.Size, value: torch.Size, layout: Layout, num_heads: int
 ) -> tuple[int, int, int, int, int, int]:
-    """Check that the three tensors fit together; return `B, N, G, Sq, Sk, D`."""
-    batch, queries, heads, width = _measured("query", query.shape, layout, num_heads, 0)
-    of_key = _measured("key", key.shape, layout, 0, width)
-    of_value = _measured("value", value.shape, layout, 0, width)
+    """Check that three shapes fit together; return `B, N, G, Sq, Sk, D`."""
+    batch, queries, heads, width = _measured("query", query, layout, num_heads, 0)
+    of_key = _measured("key", key, layout, 0, width)
+    # Comparing shapes takes a fifth of measuring one, and mostly these two are equal.
+    of_value = of_key if value == key else _measured("value", value, layout, 0, width)
     key_batch, keys, groups, key_width = of_key
     if key_batch != batch:
-        raise _wrong("key", tuple(key.shape), f"must have the batch of the query, {batch}")
+        raise _wrong("key", tuple(key), f"must have the batch of the query, {batch}")
     if key_width != width:
-        raise _wrong("key", tuple(key.shape), f"must have the head dimension of the query, {width}")
-    if of_value[:3] != of_key[:3]:
-        rule = f"must have the batch, length and heads of the key {tuple(key.shape)}"
-        raise _wrong("value", tuple(value.shape), rule)
+        raise _wrong("key", tuple(key), f"must have the head dimension of the query, {width}")
+    if of_value is not of_key and of_value[:3] != of_key[:3]:
+        rule = f"must have the batch, length and heads of the key {tuple(key)}"
+        raise _wrong("value", tuple(value), rule)
     if groups < 1 or heads % groups:
         rule = f"its {groups} heads must divide the {heads} of the query"
-        raise _wrong("key", tuple(key.shape), rule)
+        raise _wrong("key", tuple(key), rule)
     return batch, heads, groups, queries, keys, width
 
 
@@ -160,11 +184,14 @@ def _measured(
 ) -> tuple[int, int, int, int]:
     """Read batch, length, heads and head dimension; in a last dimension of both, one is given."""
     if layout == "SBND":
-        return shape[1], shape[0], shape[2], shape[3]
+        length, batch, count, channels = shape
+        return batch, length, count, channels
     if layout == "BSND":
-        return shape[0], shape[1], shape[2], shape[3]
+        batch, length, count, channels = shape
+        return batch, length, count, channels
     if layout == "BNSD":
-        return shape[0], shape[2], shape[1], shape[3]
+        batch, count, length, channels = shape
+        return batch, length, count, channels
     if layout == "TND":
         return 1, shape[0], shape[1], shape[2]
     first, second, both = shape
