@@ -134,7 +134,7 @@ def test_layers_without_positions_follow_a_frequency_or_a_list():
 
 
 def test_the_first_layers_and_those_between_have_no_experts():
-    arch = build(num_layers=6, num_experts=4, first_k_dense_replace=1, moe_layer_freq=2)
+    arch = build(num_layers=6, num_experts=4, first_k_dense_replace=1, moe_layer_freq=(2,))
     assert [arch.has_experts(layer) for layer in range(6)] == [
         False,
         False,
@@ -147,12 +147,107 @@ def test_the_first_layers_and_those_between_have_no_experts():
     assert arch.expert_size == arch.ffn_size
 
 
+def test_layers_with_experts_follow_a_frequency_or_a_list():
+    def layers(*freq, dense=0):
+        arch = build(num_layers=6, num_experts=4, moe_layer_freq=freq, first_k_dense_replace=dense)
+        return [int(arch.has_experts(layer)) for layer in range(6)]
+
+    assert layers(3) == [1, 0, 0, 1, 0, 0]
+    assert layers(0, 1, 1, 0, 0, 1) == [0, 1, 1, 0, 0, 1]
+    assert layers(1, 1, 1, 0, 0, 1, dense=2) == [0, 0, 1, 0, 0, 1]
+    with pytest.raises(ValueError, match=r"--moe-layer-freq 1,0: must be one number, or 0 or 1"):
+        layers(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shorter"),
+    [
+        ((1, 1, 1, 1), {}),
+        ((0, 0, 1, 1), {"first_k_dense_replace": 2}),
+        ((1, 0, 1, 0), {"moe_layer_freq": (2,)}),
+        ((0, 1, 0, 1), {"moe_layer_freq": (0, 1, 0, 1)}),
+    ],
+)
+def test_a_list_of_layers_with_experts_equals_the_shorter_spelling(pattern, shorter):
+    listed = build(num_layers=4, num_experts=4, moe_layer_freq=pattern)
+    assert listed == build(num_layers=4, num_experts=4, **shorter)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shorter"),
+    [
+        ((1, 1, 1, 1), None),
+        ((1, 1, 0, 1), (3,)),
+        ((1, 0, 1, 0), (2,)),
+        ((0, 1, 1, 1), (0, 1, 1, 1)),
+    ],
+)
+def test_a_list_of_layers_with_windows_equals_the_shorter_spelling(pattern, shorter):
+    listed = build(num_layers=4, sliding_window=8, window_attn_skip_freq=pattern)
+    assert listed == build(num_layers=4, sliding_window=8, window_attn_skip_freq=shorter)
+    assert listed.window_attn_skip_freq == shorter
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shorter"),
+    [
+        ((0, 0, 0, 0), None),
+        ((0, 1, 0, 1), (2,)),
+        ((1, 1, 1, 1), (1,)),
+        ((1, 0, 0, 0), (1, 0, 0, 0)),
+    ],
+)
+def test_a_list_of_layers_without_positions_equals_the_shorter_spelling(pattern, shorter):
+    listed = build(num_layers=4, no_rope_freq=pattern)
+    assert listed == build(num_layers=4, no_rope_freq=shorter)
+    assert listed.no_rope_freq == shorter
+
+
+def test_patterns_of_layers_may_be_spelled_as_in_args_of_megatron():
+    spelled = build(num_layers=4, num_experts=4, moe_layer_freq=2, no_rope_freq=[0, 0, 0, 1])
+    assert spelled == build(num_layers=4, num_experts=4, moe_layer_freq=(2,), no_rope_freq=(4,))
+
+
+def test_how_a_router_was_trained_makes_no_other_model():
+    trained = {"moe_aux_loss_coeff": 0.1, "moe_z_loss_coeff": 0.1}
+    assert build(num_experts=4, **trained) == build(num_experts=4)
+
+
 def test_shared_experts_are_as_wide_as_their_number_or_as_given():
-    arch = build(num_experts=4, moe_ffn_hidden_size=24, n_shared_experts=2)
+    plain = {"num_experts": 4, "add_bias_linear": False}
+    arch = build(**plain, moe_ffn_hidden_size=24, n_shared_experts=2)
     assert arch.shared_expert_size == 48
-    given = build(num_experts=4, moe_shared_expert_intermediate_size=40)
+    given = build(**plain, moe_shared_expert_intermediate_size=40)
     assert given.shared_expert_size == 40
     assert build().shared_expert_size == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"n_shared_experts": 1}, "--n-shared-experts: have no biases: give --disable-bias-linear"),
+        ({"moe_shared_expert_intermediate_size": 8}, "have no biases"),
+        (
+            {"moe_router_enable_expert_bias": True},
+            "--moe-router-enable-expert-bias: needs --moe-router-score-function sigmoid",
+        ),
+        (
+            {"moe_router_num_groups": 4, "moe_router_group_topk": 1},
+            "--moe-router-topk 2: must be at most 1, the experts of --moe-router-group-topk 1",
+        ),
+        (
+            {
+                "moe_router_num_groups": 4,
+                "moe_router_group_topk": 2,
+                "moe_router_group_score": "top2_sum",
+            },
+            "--moe-router-num-groups 4: --moe-router-group-score top2_sum needs groups of 2",
+        ),
+    ],
+)
+def test_what_experts_cannot_have_is_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        build(num_experts=4, **sizes)
 
 
 LATENT = {

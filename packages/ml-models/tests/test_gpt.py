@@ -29,6 +29,9 @@ ARCH = Architecture(
     untie_embeddings_and_output_weights=True,
 )
 TIED = dataclasses.replace(ARCH, untie_embeddings_and_output_weights=False)
+EXPERTS = dataclasses.replace(
+    ARCH, num_experts=4, moe_ffn_hidden_size=24, n_shared_experts=1, first_k_dense_replace=1
+)
 
 
 def build(arch, topology, seed=3):
@@ -63,14 +66,17 @@ def shards_by_pickle(arch, topology):
     return [(*entry[:-1], entry[-1].numpy()) for entry in shards(arch, topology)]
 
 
-@pytest.mark.parametrize("arch", [ARCH, TIED], ids=["untied", "tied"])
+CUTS = [
+    (2, Topology(tensor_model_parallel_size=2)),
+    (2, Topology(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1)),
+    (4, Topology(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+]
+DEALT = Topology(tensor_model_parallel_size=2, expert_model_parallel_size=2)
+
+
 @pytest.mark.parametrize(
-    ("world_size", "topology"),
-    [
-        (2, Topology(tensor_model_parallel_size=2)),
-        (2, Topology(pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1)),
-        (4, Topology(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
-    ],
+    ("arch", "world_size", "topology"),
+    [(arch, *cut) for arch in (ARCH, TIED) for cut in CUTS] + [(EXPERTS, 4, DEALT)],
 )
 def test_initial_weights_are_those_of_a_single_process(arch, world_size, topology):
     (single,) = run_ranks(shards_by_pickle, 1, arch, Topology())
@@ -224,7 +230,7 @@ def test_layers_are_made_of_our_operators(swiglu, normalization, activation, nor
     assert found[f"{layer}.self_attention.core_attention"] == "CoreAttention"
     norms = (f"{layer}.input_layernorm", f"{layer}.pre_mlp_layernorm", "decoder.final_layernorm")
     assert {found[name] for name in norms} == {norm}
-    assert found["output_layer"] == "ColumnLinear"
+    assert found["output_layer"] == "OutputLayer"
 
 
 @pytest.mark.parametrize("use_mc2", [True, False])
@@ -257,3 +263,37 @@ def test_attention_refuses_what_it_would_ignore():
         asked = functools.partial(attention_asked_for, **{name: torch.zeros(1)})
         (found,) = run_ranks(asked, 1, ARCH)
         assert found == "attention here is causal: no attention_bias, no packed_seq_params"
+
+
+LLAMA3_405B = Architecture(
+    num_layers=126,
+    hidden_size=16384,
+    num_attention_heads=128,
+    num_query_groups=8,
+    ffn_hidden_size=53248,
+    max_position_embeddings=131072,
+    vocab_size=128256,
+    swiglu=True,
+    normalization="RMSNorm",
+    add_bias_linear=False,
+    untie_embeddings_and_output_weights=True,
+)
+
+
+def size_without_memory(arch):
+    from ml_models.gpt import build_model, transformer_config
+    from ml_parallel.groups import initialize_groups
+
+    initialize_groups(Topology())
+    config = transformer_config(arch, Topology(), params_dtype=torch.bfloat16)
+    with torch.device("meta"):
+        rows = arch.vocab_size
+        (chunk,) = build_model(arch, Topology(), config, padded_vocab_size=rows, seq_length=8192)
+    tensors = dict(chunk.tensors())
+    return sum(t.numel() for t in tensors.values()), {t.device.type for t in tensors.values()}
+
+
+def test_405_billion_parameters_need_no_memory_on_the_meta_device():
+    ((size, devices),) = run_ranks(size_without_memory, 1, LLAMA3_405B)
+    assert size == 405_853_388_800  # as published
+    assert devices == {"meta"}

@@ -15,6 +15,16 @@ def test_a_family_is_found_by_name_and_by_modellinks_name():
     assert "llama" in registry.names()
 
 
+def test_a_family_of_ours_is_found_without_looking_at_installed_packages():
+    code = (
+        "import sys; from ml_models import registry; registry.find('llama2');"
+        "print('importlib.metadata' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    assert registry.find(None) is None
+
+
 def test_an_unknown_name_lists_the_known_and_suggests_the_closest():
     with pytest.raises(ValueError, match=r"'lama' is unknown \(known: llama.*did you mean llama"):
         registry.family("lama")

@@ -277,7 +277,8 @@ def test_latent_attention_has_projections_down_on_every_rank_and_up_by_heads():
 
 def test_experts_are_numbered_and_the_router_is_on_every_rank():
     arch = build(num_experts=4, moe_ffn_hidden_size=24, n_shared_experts=2, swiglu=True,
-                 moe_router_enable_expert_bias=True, moe_shared_expert_gate=True)  # fmt: skip
+                 moe_router_enable_expert_bias=True, moe_shared_expert_gate=True,
+                 moe_router_score_function="sigmoid", add_bias_linear=False)  # fmt: skip
     mlp = "decoder.layers.0.mlp."
     table = {p.name.removeprefix(mlp): p for p in parameters(arch) if p.name.startswith(mlp)}
     assert table["router.weight"].shape == (4, arch.hidden_size)

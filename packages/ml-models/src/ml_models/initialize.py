@@ -37,7 +37,7 @@ def initialize(
     rows of the vocabulary are 0.
     """
     for chunk in chunks:
-        for name, tensor in chunk.module.named_parameters():
+        for name, tensor in chunk.tensors():
             parameter = chunk.parameters[name]
             _, runs = shard_runs(
                 parameter, tp_size=tp_size, tp_rank=tp_rank, padded_vocab_size=padded_vocab_size

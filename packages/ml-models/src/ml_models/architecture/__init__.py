@@ -27,6 +27,7 @@ class Architecture(Experts, Positions, Attention, Block):
     """The shape of a model; validates itself and fills in derived sizes."""
 
     def __post_init__(self) -> None:
+        self._set_patterns()
         at_least_one(self, (*_SIZES, "ffn_hidden_size"))
         if self.vocab_size < 0:
             given = flag("vocab_size", self.vocab_size)
@@ -38,6 +39,8 @@ class Architecture(Experts, Positions, Attention, Block):
         if self.add_bias_linear:  # the others say nothing then
             self._set("add_qkv_bias", False)
             self._set("add_dense_bias", False)
+            if self.shared_expert_size or self.n_shared_experts:
+                raise ValueError("--n-shared-experts: have no biases: give --disable-bias-linear")
         if self.kv_channels is None and not self.multi_latent_attention:
             _check_hidden_size(self)
         self._derive_sizes()
@@ -53,7 +56,24 @@ class Architecture(Experts, Positions, Attention, Block):
         self._derive("ffn_hidden_size", _default_ffn_hidden_size(self.hidden_size, self.is_gated))
         if self.num_experts is not None:
             self._derive("moe_ffn_hidden_size", self.ffn_size)
+            self._count_shared_experts()
         self._set("use_rotary_position_embeddings", self.position_embedding_type == "rope")
+
+    def _set_patterns(self) -> None:
+        """Take patterns of layers as Megatron's args hold them, too: one number, or a list."""
+        for name in ("moe_layer_freq", "window_attn_skip_freq", "no_rope_freq"):
+            value = getattr(self, name)
+            if isinstance(value, int):
+                self._set(name, (value,))
+            elif value is not None:
+                self._set(name, tuple(value))
+
+    def _count_shared_experts(self) -> None:
+        """Say in the one way that config.json files know how wide shared experts are."""
+        size, one = self.moe_shared_expert_intermediate_size, self.expert_size
+        if size and size % one == 0 and self.n_shared_experts in (None, size // one):
+            self._set("n_shared_experts", size // one)
+            self._set("moe_shared_expert_intermediate_size", None)
 
     def _derive(self, name: str, value: int) -> None:
         if getattr(self, name) is None:
@@ -127,6 +147,10 @@ def _check_heads(arch: Architecture) -> None:
         )
     if arch.multi_latent_attention and heads != groups:
         raise ValueError("--multi-latent-attention: has no --num-query-groups")
+    has_alibi = arch.position_embedding_type == "alibi"
+    if arch.attn_logit_softcapping and (has_alibi or arch.softmax_type != "vanilla"):
+        other = "--position-embedding-type alibi" if has_alibi else "--softmax-type learnable"
+        raise ValueError(f"--attn-logit-softcapping: cannot be combined with {other}")
     if arch.position_embedding_type == "rope" and (arch.rotary_dim % 2 or not arch.rotary_dim):
         raise ValueError(
             f"{flag('kv_channels', arch.head_dim)}: must be even (rotary positions turn pairs of "

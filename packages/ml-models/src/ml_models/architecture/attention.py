@@ -61,7 +61,9 @@ class Attention:
         one_of(self, "softmax_type", ("vanilla", "learnable"))
         only_with(self, "sliding_window", ("window_attn_skip_freq",))
         only_with(self, "multi_latent_attention", _LATENT)
-        _ = self.windows
+        windows = self.windows
+        if len(self.window_attn_skip_freq or ()) > 1:
+            object.__setattr__(self, "window_attn_skip_freq", _shortest(windows))
         if self.group_query_attention and self.num_query_groups is None:
             raise ValueError(
                 "--group-query-attention: give the number of key/value heads with "
@@ -87,3 +89,14 @@ class Attention:
         every_nth = pattern is None or (len(pattern) == 1 and self.num_layers > 1)
         has_window = [not mark for mark in marked] if every_nth else marked
         return tuple(self.sliding_window if window else None for window in has_window)
+
+
+def _shortest(windows: tuple[int | None, ...]) -> tuple[int, ...] | None:
+    """Say with fewer numbers which layers have windows, so that equal models are equal."""
+    full = tuple(window is None for window in windows)
+    if not any(full):
+        return None
+    for n in range(2, len(full) + 1):
+        if full == tuple((layer + 1) % n == 0 for layer in range(len(full))):
+            return (n,)
+    return tuple(int(not is_full) for is_full in full)

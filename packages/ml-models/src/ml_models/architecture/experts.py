@@ -11,6 +11,7 @@ from ml_models.architecture.rules import (
     not_negative,
     one_of,
     only_with,
+    per_layer,
     positive,
 )
 
@@ -42,8 +43,8 @@ class Experts:
         default=None, metadata={"aliases": ("--moe-intermediate-size",)}
     )
     """Width of one expert; default that of an MLP."""
-    moe_layer_freq: int = 1
-    """Every n-th layer has experts, counted from layer 0."""
+    moe_layer_freq: tuple[int, ...] = (1,)
+    """Layers with experts: n for every n-th one from layer 0, or for each layer 0 (none) or 1."""
     first_k_dense_replace: int = 0
     """The first layers have no experts, this many."""
     n_shared_experts: int | None = None
@@ -70,11 +71,13 @@ class Experts:
     """A group counts as much as its best expert (DeepSeek-V2), or its best two (DeepSeek-V3)."""
     moe_router_enable_expert_bias: bool = False
     """Add a bias to the scores for the choice only, to balance without a loss (DeepSeek-V3)."""
-    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = "aux_loss"
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = field(
+        default="aux_loss", compare=False
+    )
     """How the router learns to use all experts alike."""
-    moe_aux_loss_coeff: float = 0.0
+    moe_aux_loss_coeff: float = field(default=0.0, compare=False)
     """Weight of the loss that balances experts."""
-    moe_z_loss_coeff: float = 0.0
+    moe_z_loss_coeff: float = field(default=0.0, compare=False)
     """Weight of the loss that keeps the router's logits small."""
 
     def _check_experts(self) -> None:
@@ -82,11 +85,15 @@ class Experts:
         one_of(self, "moe_router_load_balancing_type", ("aux_loss", "seq_aux_loss", "none"))
         one_of(self, "moe_router_group_score", ("max", "top2_sum"))
         at_least_one(self, ("num_experts", "moe_router_topk", "moe_ffn_hidden_size"))
-        at_least_one(self, ("moe_layer_freq", "n_shared_experts"))
-        at_least_one(self, ("moe_shared_expert_intermediate_size", "moe_router_num_groups"))
+        at_least_one(self, ("n_shared_experts", "moe_router_num_groups"))
+        at_least_one(self, ("moe_shared_expert_intermediate_size",))
         positive(self, ("routed_scaling_factor",))
         not_negative(self, ("first_k_dense_replace", "moe_aux_loss_coeff", "moe_z_loss_coeff"))
         only_with(self, "num_experts", _NEED_EXPERTS)
+        marked = per_layer("moe_layer_freq", self.moe_layer_freq, self.num_layers, first=0)
+        if len(self.moe_layer_freq) > 1:
+            for name, value in _shortest(marked, self.first_k_dense_replace).items():
+                object.__setattr__(self, name, value)
         if self.num_experts is not None:
             self._check_choice(self.num_experts)
 
@@ -96,11 +103,17 @@ class Experts:
                 f"{flag('moe_router_topk', self.moe_router_topk)}: must be at most "
                 f"{flag('num_experts', num_experts)}"
             )
+        if self.moe_router_enable_expert_bias and self.moe_router_score_function != "sigmoid":
+            raise ValueError(
+                "--moe-router-enable-expert-bias: needs --moe-router-score-function sigmoid"
+            )
         groups, kept = self.moe_router_num_groups, self.moe_router_group_topk
         if (groups is None) != (kept is None):
             raise ValueError("--moe-router-num-groups: needs --moe-router-group-topk, and it this")
-        if groups is None or kept is None:
-            return
+        if groups is not None and kept is not None:
+            self._check_groups(num_experts, groups, kept)
+
+    def _check_groups(self, num_experts: int, groups: int, kept: int) -> None:
         if num_experts % groups:
             raise ValueError(
                 f"{flag('moe_router_num_groups', groups)}: must divide "
@@ -109,11 +122,21 @@ class Experts:
         if not 1 <= kept <= groups:
             given = flag("moe_router_group_topk", kept)
             raise ValueError(f"{given}: must be from 1 to {flag('moe_router_num_groups', groups)}")
+        size = num_experts // groups
+        if self.moe_router_topk > kept * size:
+            raise ValueError(
+                f"{flag('moe_router_topk', self.moe_router_topk)}: must be at most {kept * size}, "
+                f"the experts of {flag('moe_router_group_topk', kept)} groups"
+            )
+        if self.moe_router_group_score == "top2_sum" and size < 2:
+            given = flag("moe_router_num_groups", groups)
+            raise ValueError(f"{given}: --moe-router-group-score top2_sum needs groups of 2")
 
     def has_experts(self, layer: int) -> bool:
         """Tell whether a layer (numbered from 0) has experts in place of an MLP."""
-        chosen = layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
-        return self.num_experts is not None and chosen
+        if self.num_experts is None or layer < self.first_k_dense_replace:
+            return False
+        return per_layer("moe_layer_freq", self.moe_layer_freq, self.num_layers, first=0)[layer]
 
     @property
     def shared_expert_size(self) -> int:
@@ -121,3 +144,15 @@ class Experts:
         if self.moe_shared_expert_intermediate_size is not None:
             return self.moe_shared_expert_intermediate_size
         return (self.n_shared_experts or 0) * (self.moe_ffn_hidden_size or 0)
+
+
+def _shortest(marked: tuple[bool, ...], dense: int) -> dict[str, object]:
+    """Say with fewer numbers which layers have experts, so that equal models are equal."""
+    chosen = tuple(mark and layer >= dense for layer, mark in enumerate(marked))
+    first = chosen.index(True) if any(chosen) else 0
+    if all(chosen[first:]):
+        return {"first_k_dense_replace": first, "moe_layer_freq": (1,)}
+    for n in range(2, len(chosen) + 1):
+        if chosen == tuple(layer % n == 0 for layer in range(len(chosen))):
+            return {"first_k_dense_replace": 0, "moe_layer_freq": (n,)}
+    return {"first_k_dense_replace": 0, "moe_layer_freq": tuple(map(int, chosen))}

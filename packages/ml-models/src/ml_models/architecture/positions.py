@@ -100,7 +100,9 @@ class Positions:
                 raise ValueError(
                     f"--rope-scaling-type {self.rope_scaling_type}: needs {flag(name)}"
                 )
-        _ = self.layers_with_rope
+        turned = self.layers_with_rope
+        if len(self.no_rope_freq or ()) > 1:
+            object.__setattr__(self, "no_rope_freq", _shortest(turned))
 
     @property
     def layers_with_rope(self) -> tuple[bool, ...]:
@@ -108,3 +110,13 @@ class Positions:
         if self.position_embedding_type != "rope":
             return (False,) * self.num_layers
         return tuple(not no for no in per_layer("no_rope_freq", self.no_rope_freq, self.num_layers))
+
+
+def _shortest(turned: tuple[bool, ...]) -> tuple[int, ...] | None:
+    """Say with fewer numbers which layers have no positions, so that equal models are equal."""
+    if all(turned):
+        return None
+    for n in range(1, len(turned) + 1):
+        if turned == tuple((layer + 1) % n != 0 for layer in range(len(turned))):
+            return (n,)
+    return tuple(int(not turns) for turns in turned)

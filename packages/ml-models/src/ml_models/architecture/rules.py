@@ -71,7 +71,9 @@ def only_with(arch: Any, switch: str, names: Iterable[str]) -> None:
             raise ValueError(f"{flag(name, value)}: means nothing without {flag(switch)}")
 
 
-def per_layer(name: str, pattern: tuple[int, ...] | None, num_layers: int) -> tuple[bool, ...]:
+def per_layer(
+    name: str, pattern: tuple[int, ...] | None, num_layers: int, *, first: int = 1
+) -> tuple[bool, ...]:
     """Spell out a pattern of layers as Megatron writes it.
 
     Args:
@@ -79,6 +81,7 @@ def per_layer(name: str, pattern: tuple[int, ...] | None, num_layers: int) -> tu
         pattern: One number n: every n-th layer is True, the others False. Several: 1 for True and
             0 for False, one for each layer. None: all are False.
         num_layers: Number of layers.
+        first: Number of the first layer, as every n-th is counted.
 
     Raises:
         ValueError: It has the wrong length, or other numbers.
@@ -89,7 +92,7 @@ def per_layer(name: str, pattern: tuple[int, ...] | None, num_layers: int) -> tu
     if len(pattern) == 1 and num_layers > 1:
         if pattern[0] < 1:
             raise ValueError(f"{given}: must be at least 1")
-        return tuple((layer + 1) % pattern[0] == 0 for layer in range(num_layers))
+        return tuple((layer + first) % pattern[0] == 0 for layer in range(num_layers))
     if len(pattern) != num_layers or not set(pattern) <= {0, 1}:
         raise ValueError(
             f"{given}: must be one number, or 0 or 1 for each of --num-layers {num_layers}"

@@ -174,7 +174,8 @@ class Family:
 
     def ignores(self, hf_name: str) -> bool:
         """Tell whether a Hugging Face tensor holds no weights."""
-        return any(fnmatchcase(hf_name, pattern) for pattern in self.ignored)
+        names = (hf_name, f"{self.optional_prefix}{hf_name}")
+        return any(fnmatchcase(name, pattern) for pattern in self.ignored for name in names)
 
     @cached_property
     def _rules(self) -> dict[str, Rule]:
