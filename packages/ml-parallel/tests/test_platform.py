@@ -179,3 +179,32 @@ def warned_when_bound_already():
 
 def test_a_fork_of_a_bound_process_is_quiet_too():
     assert run_ranks(warned_when_bound_already, 1) == ["quiet"]
+
+
+def uneven():
+    """Gather and scatter parts of 3 and 0 rows, and what should come of it."""
+    from megatron.core.tensor_parallel import mappings
+
+    group, rank = torch.distributed.group.WORLD, torch.distributed.get_rank()
+    sizes = [3, 0]
+    mine = torch.arange(sizes[rank] * 2.0).view(-1, 2) + 1
+    gathered = mappings._gather_along_first_dim(mine, group, sizes)
+    scattered = mappings._reduce_scatter_along_first_dim(gathered, group, sizes)
+    nothing = mappings._gather_along_first_dim(mine[:0], group, [0, 0])
+    return gathered.tolist(), scattered.tolist(), list(nothing.shape)
+
+
+def test_gloo_exchanges_parts_of_different_sizes():
+    rows = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+    doubled = [[2 * x for x in row] for row in rows]
+    assert run_ranks(uneven, 2) == [(rows, doubled, [0, 2]), (rows, [], [0, 2])]
+
+
+def device_in_context():
+    with torch.device("meta"):
+        inside = torch.empty(2, device=torch.cuda.current_device()), torch.ones(2, device="cuda")
+    return [str(tensor.device) for tensor in inside], str(torch.cuda.current_device())
+
+
+def test_a_model_can_be_built_without_its_memory():
+    assert run_ranks(device_in_context, 1) == [(["meta", "meta"], "cpu")]

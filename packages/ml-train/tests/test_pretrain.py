@@ -238,6 +238,22 @@ def test_a_tampered_checkpoint_is_reported_and_the_one_before_is_used(trained, c
         ({"hysteresis": 0}, ["--hysteresis 0: must be at least 1"]),
         ({"weight_decay": "inf"}, ["--weight-decay"]),
         ({"context_parallel_size": 2, "nproc_per_node": 2}, ["--context-parallel-size 2"]),
+        (
+            {"expert_model_parallel_size": 2, "nproc_per_node": 2},
+            ["--expert-model-parallel-size 2", "no experts"],
+        ),
+        (
+            {"num_experts": 6, "expert_model_parallel_size": 4, "nproc_per_node": 4},
+            ["--expert-model-parallel-size 4", "--num-experts 6", "valid: 1, 2, 3, 6"],
+        ),
+        (
+            {"num_experts": 4, "expert_model_parallel_size": 4, "nproc_per_node": 2},
+            ["--expert-model-parallel-size 4", "2 data and context parallel ranks", "1 or 2"],
+        ),
+        (
+            {"num_experts": 4, "tensor_model_parallel_size": 2, "nproc_per_node": 2},
+            ["--tensor-model-parallel-size 2", "--num-experts 4", "--sequence-parallel"],
+        ),
         ({"device": "npu"}, ["--device npu cannot be used", "torch_npu"]),
         ({"data_path": "nowhere/text_document"}, ["nowhere/text_document"]),
         ({"seq_lenght": 3}, ["unknown flag --seq-lenght", "did you mean --seq-length?"]),

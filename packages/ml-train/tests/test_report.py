@@ -32,9 +32,9 @@ FLAGS = (
 PARAMETERS = 200 * 64 + 2 * 64 + 2 * (12 * 64**2 + 13 * 64)
 
 
-def train(path: Path, first: int, last: int) -> None:
+def train(path: Path, first: int, last: int, more: str = "") -> None:
     """Report a run of two ranks from step `first` to `last`, and an evaluation after it."""
-    argv = [*FLAGS.split(), "--metrics-file", str(path)]
+    argv = [*FLAGS.split(), *more.split(), "--metrics-file", str(path)]
     config = check_world(flags.parse(PretrainConfig, argv, prog="test"), 2)
     reporter = Reporter(
         config,
@@ -102,6 +102,28 @@ def test_the_page_says_what_the_run_was(
         "|epochs||2.05|",
         "|megatron-core||0.16.",
         "|a sample||if a < b: return <pad> & 中文|",
+    ):
+        assert expected in text, expected
+
+
+def test_the_page_says_which_experts_there_are(tmp_path: Path) -> None:
+    experts = (
+        "--tensor-model-parallel-size 1 --expert-model-parallel-size 2 --disable-bias-linear "
+        "--swiglu --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 16 "
+        "--n-shared-experts 3 --moe-layer-freq 0,1 --ffn-hidden-size 96"
+    )
+    train(tmp_path / "metrics.jsonl", 1, 2, experts)
+    assert report("--metrics-file", tmp_path / "metrics.jsonl", "--output", tmp_path) == 0
+    text = html.unescape(re.sub(r"<[^>]*>", "|", (tmp_path / "index.html").read_text()))
+    # As above without biases, but one MLP 96 wide and one layer of a router, 4 + 3 experts.
+    common = 200 * 64 + 2 * 64 + 2 * (4 * 64**2 + 4 * 64) + 3 * 64 * 96 + 4 * 64
+    for expected in (
+        f"|parameters||{common + 7 * 3 * 64 * 16:,}|",
+        f"|active per token||{common + 5 * 3 * 64 * 16:,}|",
+        "|MLP||96 wide, SwiGLU|",
+        "|experts||2 of 4 experts, 16 wide, SwiGLU, in 1 layer|",
+        "|shared experts||48 wide|",
+        "|layout||EP 2, DP 2|",
     ):
         assert expected in text, expected
 

@@ -93,6 +93,64 @@ def test_heads_may_be_wider_or_narrower_than_the_hidden_size() -> None:
     assert model_flops_per_iteration(arch, 5, seq_length=8, padded_vocab_size=50) == flops
 
 
+def test_only_the_experts_that_a_token_goes_to_work() -> None:
+    arch = Architecture(
+        num_layers=3,
+        hidden_size=10,
+        num_attention_heads=5,
+        ffn_hidden_size=30,
+        max_position_embeddings=8,
+        geglu=True,
+        add_bias_linear=False,
+        num_experts=16,
+        moe_router_topk=3,
+        moe_ffn_hidden_size=7,
+        n_shared_experts=2,
+        first_k_dense_replace=1,
+    )
+    # A token: query, key, value and output 10 x 10 each, scores and values 8 x 10 each; one MLP of
+    # 3 x 10 x 30; twice a router of 10 x 16 and 3 + 2 experts of 3 x 10 x 7; logits 10 x 50.
+    layers = 3 * (400 + 160) + 900 + 2 * (160 + 5 * 210)
+    flops = 3 * 2 * 5 * 8 * (layers + 500)
+    assert model_flops_per_iteration(arch, 5, seq_length=8, padded_vocab_size=50) == flops
+
+
+def test_keys_outside_a_window_are_no_work() -> None:
+    arch = Architecture(
+        num_layers=2,
+        hidden_size=10,
+        num_attention_heads=5,
+        ffn_hidden_size=30,
+        max_position_embeddings=8,
+        sliding_window=3,
+        window_attn_skip_freq=(2,),
+    )
+    layers = 2 * (400 + 2 * 300) + (3 + 8) * 2 * 10
+    flops = 3 * 2 * 5 * 8 * (layers + 500)
+    assert model_flops_per_iteration(arch, 5, seq_length=8, padded_vocab_size=50) == flops
+
+
+@pytest.mark.parametrize(("q_lora_rank", "query"), [(None, 10 * 20), (6, 10 * 6 + 6 * 20)])
+def test_latent_attention_is_counted_as_it_is_computed(q_lora_rank: int | None, query: int) -> None:
+    arch = Architecture(
+        num_layers=1,
+        hidden_size=10,
+        num_attention_heads=4,
+        ffn_hidden_size=30,
+        max_position_embeddings=8,
+        multi_latent_attention=True,
+        q_lora_rank=q_lora_rank,
+        kv_lora_rank=9,
+        qk_head_dim=3,
+        qk_pos_emb_head_dim=2,
+        v_head_dim=7,
+    )
+    # Down 10 x (9 + 2), up 9 x 4 x (3 + 7), output 28 x 10; scores 8 x 20, values 8 x 28.
+    layer = query + 110 + 360 + 280 + 160 + 224 + 600
+    flops = 3 * 2 * 5 * 8 * (layer + 500)
+    assert model_flops_per_iteration(arch, 5, seq_length=8, padded_vocab_size=50) == flops
+
+
 def test_throughput_is_of_one_device() -> None:
     assert tokens_per_second_per_device(16, 512, world_size=4, seconds=0.5) == 4096.0
     assert tflops_per_device(6e12, world_size=4, seconds=0.5) == 3.0

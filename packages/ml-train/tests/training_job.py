@@ -195,7 +195,7 @@ def assemble(ranks, arch, tp_size):
     rows = padded_vocab_size(
         arch.vocab_size, make_vocab_size_divisible_by=8, tensor_model_parallel_size=tp_size
     )
-    table = {p.name: p for p in parameters(arch)}
+    table = {p.name: p for p in parameters(arch) if not p.float32}  # what has a gradient
     whole = {name: torch.full(p.shape, torch.nan) for name, p in table.items()}
     locals_ = {}
     for name, tp_rank, start, stop, values in (entry for rank in ranks for entry in rank):

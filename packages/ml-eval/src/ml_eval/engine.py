@@ -6,8 +6,6 @@ token, so no caller can choose one).
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import torch
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
@@ -19,13 +17,18 @@ from ml_kernels.device import DeviceChoice
 from ml_models.architecture import Architecture
 from ml_models.flags import UsageError
 from ml_models.gpt import build_model, transformer_config
+from ml_models.positions import table_number
 from ml_models.weights import EMBEDDING, check_tensor_parallel, padded_vocab_size
 from ml_parallel import platform
 from ml_parallel.groups import initialize_groups
 from ml_parallel.topology import Topology
 
-Cache: TypeAlias = StaticInferenceContext
-"""Keys and values of the tokens that were computed, for a number of texts of equal length."""
+
+class Cache(StaticInferenceContext):  # type: ignore[misc]
+    """Keys and values of the tokens that were computed, for a number of texts of equal length."""
+
+    ids: torch.Tensor | None = None
+    """`(B, S)`, these tokens."""
 
 
 class Engine:
@@ -42,6 +45,7 @@ class Engine:
         """Take a model whose weights are there; `joined` = leave the default group at the end."""
         self._module = module.eval().requires_grad_(False)
         self._joined = joined
+        self._arch = arch
         self.vocab_size = arch.vocab_size
         self.max_length = arch.max_position_embeddings
         self.device = device
@@ -68,6 +72,11 @@ class Engine:
             `(B, V)`, the logits of what follows the last token.
         """
         start = cache.sequence_len_offset
+        earlier = ids[:, :0] if cache.ids is None else cache.ids[:, :start]
+        cache.ids = torch.cat((earlier, ids), dim=1)
+        if self._tables_change(start, start + ids.shape[1]):
+            ids, start = cache.ids, 0
+            cache.reset()
         logits = self._forward(ids, start, cache)  # (B, 1, V)
         cache.increment_sequence_len_offset(ids.shape[1])
         return logits[:, -1]
@@ -76,6 +85,10 @@ class Engine:
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Compute whole texts `(B, S)`; returns the logits `(B, S, V)` after each token."""
         return self._forward(ids, 0, None)
+
+    def _tables_change(self, start: int, end: int) -> bool:
+        """Say whether texts that grow have other angles at all positions (longrope)."""
+        return start > 0 and table_number(self._arch, start) != table_number(self._arch, end)
 
     def _forward(self, ids: torch.Tensor, start: int, cache: Cache | None) -> torch.Tensor:
         positions = torch.arange(start, start + ids.shape[1], device=self.device)

@@ -74,7 +74,7 @@ def _open(model: Model) -> Source:
         save_format="hf",
         iteration=model.iteration,
         true_vocab_size=model.true_vocab_size,
-        verify=True,  # a damaged checkpoint would talk, too
+        verify="bits",  # its hashes: a damaged checkpoint would talk, too
     )
     return open_source(request)
 

@@ -12,7 +12,7 @@ import torch
 
 from ml_convert.execute import gather
 from ml_convert.files import Buffers, Files
-from ml_convert.layout import check_complete, matrix
+from ml_convert.layout import check_parameters, matrix
 from ml_convert.plan import BAND_BYTES, Band, Checkpoint
 from ml_models.gpt import Chunk
 from ml_models.weights import Parameter, Run, shard_runs
@@ -26,10 +26,10 @@ def load_weights(
     Raises:
         ConversionError: The checkpoint is damaged.
     """
-    check_complete(checkpoint.layout, chunk.parameters.values())
+    check_parameters(checkpoint.layout, chunk.parameters.values())
     buffers = Buffers()
     with Files() as files:
-        for name, tensor in chunk.module.named_parameters():
+        for name, tensor in chunk.tensors():
             parameter = chunk.parameters[name]
             _, runs = shard_runs(
                 parameter, tp_size=tp_size, tp_rank=tp_rank, padded_vocab_size=padded_vocab_size

@@ -17,10 +17,15 @@ class Place:
     tp_size: int
     pp_rank: int
     pp_size: int
+    ep_rank: int
+    ep_size: int
     dp_rank: int
     dp_size: int
+    expert_dp_rank: int
+    """Which of the ranks with the same experts it is."""
     optimizer_rank: int
-    """Which shard of the distributed optimizer it updates; equal on replicas."""
+    """Which shard of the distributed optimizer it updates, among those with the same experts; equal
+    on replicas."""
     instance: int
     """Which optimizer instance (replica) it belongs to."""
 
@@ -48,14 +53,19 @@ def initialize_groups(
     )
     dp_rank = parallel_state.get_data_parallel_rank()
     dp_size = parallel_state.get_data_parallel_world_size()
+    ep_size = topology.expert_model_parallel_size
     shards = dp_size // instances
     return Place(
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=topology.tensor_model_parallel_size,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=topology.pipeline_model_parallel_size,
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep_size=ep_size,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        optimizer_rank=dp_rank % shards if topology.use_distributed_optimizer else 0,
+        expert_dp_rank=parallel_state.get_expert_data_parallel_rank(),
+        # Ranks with different experts come first among the data-parallel ranks.
+        optimizer_rank=dp_rank % shards // ep_size if topology.use_distributed_optimizer else 0,
         instance=dp_rank // shards,
     )

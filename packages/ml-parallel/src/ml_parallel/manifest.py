@@ -53,7 +53,7 @@ class Manifest:
 def record(path: Path) -> FileEntry:
     """Sync a file of the checkpoint that was just written, and describe it for the manifest."""
     durable.sync(path)
-    return FileEntry(path=path, size=path.stat().st_size, sha256=_sha256(path))
+    return FileEntry(path=path, size=path.stat().st_size, sha256=sha256(path))
 
 
 def write_manifest(
@@ -137,7 +137,7 @@ def _check_size(entry: FileEntry) -> None:
 
 def _check_hashes(files: Sequence[FileEntry]) -> None:
     with ThreadPoolExecutor(max_workers=8) as pool:  # hashing and reading release the GIL
-        digests = pool.map(_sha256, [entry.path for entry in files])
+        digests = pool.map(sha256, [entry.path for entry in files])
         for entry, digest in zip(files, digests, strict=True):
             if digest != entry.sha256:
                 raise CheckpointError(
@@ -156,8 +156,15 @@ def _check_unlisted(directory: Path) -> None:
         with path.open("rb") as file:
             start = file.read(2)
         # torch.save writes zip files, and the directory of a zip file is its end.
-        if not start or (start == b"PK" and not zipfile.is_zipfile(path)):
+        if not start or (start == b"PK" and not _is_zip(path)):
             raise CheckpointError(f"{path} is torn: it is cut short")
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # it can raise this, too
+        return False
 
 
 def _check_recorded(directory: Path, names: Mapping[str, FileEntry]) -> None:
@@ -179,7 +186,8 @@ def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return the hexadecimal digest of a file's content."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:

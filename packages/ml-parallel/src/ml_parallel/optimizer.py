@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -20,6 +21,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
 )
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.grad_scaler import MegatronGradScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ml_parallel.topology import Topology
@@ -84,7 +86,54 @@ def build_optimizer(
         # Apex's and Transformer Engine's allocate their own state.
         if isinstance(inner.optimizer, torch.optim.AdamW | torch.optim.Adam):
             _allocate_state(inner.optimizer)
+    _share_loss_scale(_inner_optimizers(optimizer))
     return optimizer
+
+
+class SharedLossScale:
+    """The loss scale of several optimizers, which moves once in a step.
+
+    megatron-core gives experts that are dealt out over ranks an optimizer of their own, with a loss
+    scale of its own. An overflow in one of the two would set them apart for good.
+    """
+
+    def __init__(self, scaler: MegatronGradScaler, optimizers: int) -> None:
+        self._scaler = scaler
+        self._optimizers = optimizers
+        self._overflows: list[bool] = []
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """What the loss is multiplied by."""
+        return self._scaler.scale
+
+    @property
+    def inv_scale(self) -> torch.Tensor:
+        """What gradients are multiplied by."""
+        return self._scaler.inv_scale
+
+    def update(self, overflow: bool) -> None:
+        """Note what one optimizer saw; after the last one the scale moves."""
+        self._overflows.append(overflow)
+        if len(self._overflows) == self._optimizers:
+            self._scaler.update(any(self._overflows))
+            self._overflows.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scale and its counters."""
+        return dict(self._scaler.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the scale and its counters."""
+        self._scaler.load_state_dict(state)
+
+
+def _share_loss_scale(optimizers: Sequence[MegatronOptimizer]) -> None:
+    scaled = [inner for inner in optimizers if getattr(inner, "grad_scaler", None) is not None]
+    if len(scaled) > 1:
+        shared = SharedLossScale(scaled[0].grad_scaler, len(scaled))
+        for inner in scaled:
+            inner.grad_scaler = shared
 
 
 def _allocate_state(adam: torch.optim.Optimizer) -> None:

@@ -1,11 +1,14 @@
 """Training checkpoints: Megatron's directories, readable in any parallel layout.
 
-    iter_0000010/mp_rank_TT[_PPP]/model_optim_rng.pt      weights and args, as Megatron writes them
-    iter_0000010/mp_rank_TT[_PPP]/optimizer_shard_DDD.pt  moments (and float32 weights) by parameter
-    iter_0000010/manifest.json                            written last; ml_parallel.checkpoint
+    iter_0000010/mp_rank_TT[_PPP][_EEE]/
+        model_optim_rng.pt                  weights and args, as Megatron writes them
+        optimizer_shard_DDD.pt              moments (and float32 weights) by parameter
+    iter_0000010/manifest.json              written last; ml_parallel.checkpoint
 
-An optimizer shard names, for each parameter, the elements `[start, stop)` it holds, so no rank
-needs another one to save, and any rank can find what it needs to load (`ml_train.restore`).
+TT, PPP and EEE are the tensor-, pipeline- and expert-parallel rank. A directory EEE holds its
+experts and everything that is no expert. An optimizer shard names, for each parameter, the elements
+`[start, stop)` it holds, so no rank needs another one to save, and any rank can find what it needs
+to load (`ml_train.restore`); what is no expert may lie in the shards of any EEE.
 """
 
 from __future__ import annotations
@@ -206,13 +209,18 @@ def _writing(work: Callable[[], T]) -> T:
 def _write_files(temporary: Path, state: TrainingState, progress: Progress) -> list[FileEntry]:
     place = state.place
     folder = temporary / checkpoint.rank_directory(
-        tp_rank=place.tp_rank, pp_rank=place.pp_rank, pp_size=place.pp_size
+        tp_rank=place.tp_rank,
+        pp_rank=place.pp_rank,
+        pp_size=place.pp_size,
+        ep_rank=place.ep_rank,
+        ep_size=place.ep_size,
     )
     folder.mkdir(exist_ok=True)
     entries = []
-    if place.dp_rank == 0:
+    is_first = place.expert_dp_rank == 0
+    if is_first:
         entries.append(_write(folder / MODEL_FILE, _model_state(state, progress)))
-    if place.instance == 0 and (state.topology.use_distributed_optimizer or place.dp_rank == 0):
+    if place.instance == 0 and (state.topology.use_distributed_optimizer or is_first):
         entries.append(_write(folder / shard_file(place.optimizer_rank), _optimizer_state(state)))
     return entries
 
@@ -249,16 +257,14 @@ def _commit(
 
 
 def _model_state(state: TrainingState, progress: Progress) -> dict[str, Any]:
-    weights = [
-        {name: _owned(tensor) for name, tensor in chunk.module.named_parameters()}
-        for chunk in state.chunks
-    ]
+    weights = [{name: _owned(tensor) for name, tensor in chunk.tensors()} for chunk in state.chunks]
     names = ["model"] if len(weights) == 1 else [f"model{i}" for i in range(len(weights))]
     return {
         "args": _args(state, progress),
         "checkpoint_version": 3.0,
         "iteration": progress.iteration,
         **dict(zip(names, weights, strict=True)),
+        # They have one scale; how many there are depends on the layout.
         "grad_scaler": [
             inner.grad_scaler.state_dict() if getattr(inner, "grad_scaler", None) else None
             for inner in state.optimizer.chained_optimizers

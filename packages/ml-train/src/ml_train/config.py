@@ -17,7 +17,7 @@ from ml_kernels.device import DeviceChoice
 from ml_models.architecture import Architecture
 from ml_models.dropout import Dropout
 from ml_models.flags import UsageError
-from ml_models.weights import check_tensor_parallel, padded_vocab_size
+from ml_models.weights import check_tensor_parallel, expert_range, padded_vocab_size
 from ml_parallel.checkpoint import (
     CheckpointError,
     candidates,
@@ -350,10 +350,24 @@ def _check_supported(config: PretrainConfig) -> None:
             f"--context-parallel-size {config.parallel.context_parallel_size}: pre-training cuts "
             "samples over tensor-parallel ranks only (--sequence-parallel); leave it at 1"
         )
-    if config.parallel.expert_model_parallel_size > 1:
+    _check_experts(config.model, config.parallel)
+
+
+def _check_experts(model: Architecture, parallel: Topology) -> None:
+    size = parallel.expert_model_parallel_size
+    if model.num_experts is None:
+        if size > 1:
+            raise ValueError(
+                f"--expert-model-parallel-size {size}: this model has no experts; leave it at 1"
+            )
+        return
+    expert_range(model, ep_rank=0, ep_size=size)
+    tp = parallel.tensor_model_parallel_size
+    if tp > 1 and not parallel.sequence_parallel:
         raise ValueError(
-            f"--expert-model-parallel-size {config.parallel.expert_model_parallel_size}: this "
-            "model has no experts; leave it at 1"
+            f"--tensor-model-parallel-size {tp}: training a model with --num-experts "
+            f"{model.num_experts} also needs --sequence-parallel, or every rank would send the "
+            "same tokens to the experts"
         )
 
 

@@ -27,7 +27,9 @@ class Start:
     @property
     def arch(self) -> Architecture:
         """The model."""
-        return Architecture(**self.facts["model"])
+        model = self.facts["model"]
+        lists = {name: tuple(value) for name, value in model.items() if isinstance(value, list)}
+        return Architecture(**{**model, **lists})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ml_data.sidecar import CorpusInfo, read_sidecar
+from ml_models.architecture import Architecture
 from ml_models.flags import UsageError, parse
 from ml_models.weights import parameters
 from ml_parallel import durable
@@ -135,10 +136,33 @@ def _model(history: History) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{size:,}"
     yield "layers", f"{arch.num_layers}"
     yield "hidden size", f"{arch.hidden_size:,}"
-    yield "MLP", f"{arch.ffn_size:,} wide, {'SwiGLU' if arch.swiglu else 'GELU'}"
+    if arch.num_experts:
+        yield "active per token", f"{_active(arch):,}"
+    yield from _feed_forward(arch)
     yield "attention", f"{arch.num_attention_heads} heads, {arch.query_groups} key/value heads"
     yield "vocabulary", f"{arch.vocab_size:,}"
     yield "normalization", arch.normalization
+
+
+def _feed_forward(arch: Architecture) -> Iterator[tuple[str, str]]:
+    kinds = {"SwiGLU": arch.swiglu, "GEGLU": arch.geglu, "quick GEGLU": arch.quick_geglu}
+    kind = next((name for name, chosen in kinds.items() if chosen), "GELU")
+    sparse = sum(map(arch.has_experts, range(arch.num_layers)))
+    if sparse < arch.num_layers:
+        yield "MLP", f"{arch.ffn_size:,} wide, {kind}"
+    if sparse:
+        layers = "" if sparse == arch.num_layers else f", in {_count(sparse, 'layer')}"
+        choice = f"{arch.moe_router_topk} of {_count(arch.num_experts or 0, 'expert')}"
+        yield "experts", f"{choice}, {arch.expert_size:,} wide, {kind}{layers}"
+    if sparse and arch.shared_expert_size:
+        yield "shared experts", f"{arch.shared_expert_size:,} wide"
+
+
+def _active(arch: Architecture) -> int:
+    """Count the parameters that a token meets."""
+    of_experts = sum(math.prod(p.shape) for p in parameters(arch) if p.expert is not None)
+    rest = sum(math.prod(p.shape) for p in parameters(arch) if p.expert is None)
+    return rest + of_experts * arch.moe_router_topk // (arch.num_experts or 1)
 
 
 def _run(history: History) -> Iterator[tuple[str, str]]:
@@ -181,6 +205,7 @@ def _layout(topology: dict[str, object], world_size: int) -> str:
     replicas = world_size
     for size in sizes.values():
         replicas //= int(str(size))
+    sizes["EP"] = topology["expert_model_parallel_size"]  # of the same ranks as DP
     named = [f"{name} {size}" for name, size in sizes.items() if size != 1]
     return ", ".join([*named, f"DP {replicas}"])
 

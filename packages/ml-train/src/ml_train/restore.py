@@ -24,6 +24,7 @@ from ml_models.weights import (
     EMBEDDING,
     OUTPUT_LAYER,
     Parameter,
+    expert_range,
     local_name,
     parameters,
     shard_runs,
@@ -64,7 +65,7 @@ def restore(
     table = {p.name: p for p in parameters(source.arch)}
     shards = {id(shard.parameter): shard for shard in optimizer_shards(state.optimizer)}
     for chunk in state.chunks:
-        for name, tensor in chunk.module.named_parameters():
+        for name, tensor in chunk.tensors():
             whole_name = chunk.global_name(name)
             # Tied embeddings have one entry, whichever stage keeps a copy as its output layer.
             tied = whole_name == OUTPUT_LAYER and whole_name not in table
@@ -101,7 +102,7 @@ def _restore_parameter(
     *,
     moments: bool,
 ) -> None:
-    key = MAIN if source.has_main else None
+    key = MAIN if source.has_main and shard is not None else None
     weight = _assemble(parameter, source, state, partial(source.read, parameter, key))
     tensor.copy_(weight)
     if shard is None:
@@ -126,10 +127,10 @@ def _restore_run(source: _Source, state: TrainingState) -> Progress:
             saved_batch,
             state.global_batch_size,
         )
-    optimizers = state.optimizer.chained_optimizers
-    for inner, saved in zip(optimizers, source.common["grad_scaler"], strict=True):
-        if saved is not None and getattr(inner, "grad_scaler", None):
-            inner.grad_scaler.load_state_dict(saved)
+    scalers = [saved for saved in source.common["grad_scaler"] if saved is not None]
+    for inner in state.optimizer.chained_optimizers:
+        if scalers and getattr(inner, "grad_scaler", None):
+            inner.grad_scaler.load_state_dict(scalers[0])  # they have one scale
     return Progress(
         iteration=int(source.common["iteration"]),
         consumed_samples=int(source.args["consumed_train_samples"]),
@@ -194,6 +195,8 @@ class _Source:
         self.topology = _from_args(Topology, self.args)
         self.padded_vocab_size = int(self.args["padded_vocab_size"])
         self.stages = stage_layers(self.arch.num_layers, self.topology)
+        ep_size = self.topology.expert_model_parallel_size
+        self.experts_per_rank = len(expert_range(self.arch, ep_rank=0, ep_size=ep_size))
         self._models: dict[Path, dict[str, Any]] = {}
         self._optimizers: dict[Path, Fragments] = {}
         self.has_optimizer = any(folders[0].glob("optimizer_shard_*.pt"))
@@ -204,14 +207,18 @@ class _Source:
     ) -> torch.Tensor:
         """Return a rank's shard of the weights (`key` None) or of an optimizer tensor."""
         stage, chunk = self._position(parameter)
-        name = local_name(parameter.name, first_layer=self._first_layer(stage, chunk))
-        folder = self.directory / rank_directory(
-            tp_rank=tp_rank, pp_rank=stage, pp_size=len(self.stages)
+        ep_rank = None if parameter.expert is None else parameter.expert // self.experts_per_rank
+        folders = self._folders(tp_rank, stage, ep_rank)
+        folder = folders[0]
+        name = local_name(
+            parameter.name,
+            first_layer=self._first_layer(stage, chunk),
+            first_expert=(ep_rank or 0) * self.experts_per_rank,
         )
         if key is None:
             tensor = self._weight(folder, chunk, name)
         else:
-            tensor = self._flat(folder, parameter.name, key)
+            tensor = self._flat(folders, parameter.name, key)
         if tensor.numel() != torch.Size(shape).numel():
             what = f"{name} has" if key is None else f"the optimizer_shard_*.pt of {name} have"
             raise UsageError(
@@ -219,8 +226,23 @@ class _Source:
             )
         return tensor.view(shape)
 
+    def _folders(self, tp_rank: int, stage: int, ep_rank: int | None) -> list[Path]:
+        """Return the directories of a rank; None = of all its expert-parallel ranks."""
+        size = self.topology.expert_model_parallel_size
+        return [
+            self.directory
+            / rank_directory(
+                tp_rank=tp_rank,
+                pp_rank=stage,
+                pp_size=len(self.stages),
+                ep_rank=rank,
+                ep_size=size,
+            )
+            for rank in (range(size) if ep_rank is None else (ep_rank,))
+        ]
+
     def _position(self, parameter: Parameter) -> tuple[int, int]:
-        if parameter.name == EMBEDDING:
+        if parameter.name.startswith("embedding."):
             return 0, 0
         for stage, chunks in enumerate(self.stages):
             for chunk, layers in enumerate(chunks):
@@ -250,16 +272,20 @@ class _Source:
             )
         raise UsageError(f"{path}: holds no {name}")
 
-    def _flat(self, folder: Path, name: str, key: str) -> torch.Tensor:
+    def _flat(self, folders: list[Path], name: str, key: str) -> torch.Tensor:
         """Join what the data-parallel ranks hold of a flattened optimizer tensor."""
+        found = [shard[name] for f in folders for shard in self._shards(f) if name in shard]
+        # Without a distributed optimizer every expert-parallel rank holds the whole of a tensor.
+        parts = {tuple(part["range"]): part for part in found}
+        if not parts or any(key not in part for part in found):
+            raise UsageError(f"{folders[0]}: its optimizer_shard_*.pt hold no {key} of {name}")
+        return torch.cat([parts[elements][key] for elements in sorted(parts)])
+
+    def _shards(self, folder: Path) -> Fragments:
         if folder not in self._optimizers:
             files = sorted(folder.glob("optimizer_shard_*.pt"))
             self._optimizers[folder] = [_load(path) for path in files]
-        parts = [shard[name] for shard in self._optimizers[folder] if name in shard]
-        parts.sort(key=lambda part: part["range"])
-        if not parts or any(key not in part for part in parts):
-            raise UsageError(f"{folder}: its optimizer_shard_*.pt hold no {key} of {name}")
-        return torch.cat([part[key] for part in parts])
+        return self._optimizers[folder]
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -274,8 +300,16 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _from_args(kind: type[T], args: Mapping[str, Any]) -> T:
-    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    return kind(**{name: args[name] for name in names if name in args})
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    return kind(**{field.name: _typed(field, args) for field in fields if field.name in args})
+
+
+def _typed(field: dataclasses.Field[Any], args: Mapping[str, Any]) -> Any:
+    """Read an argument; where ours is some numbers, Megatron's may be a list, or one number."""
+    value = args[field.name]
+    if "tuple" not in str(field.type) or value is None:
+        return value
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _check_same_model(directory: Path, saved: Architecture, wanted: Architecture) -> None:

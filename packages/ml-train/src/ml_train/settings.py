@@ -195,6 +195,12 @@ class IgnoredFlags:
     """It always is."""
     gradient_accumulation_fusion: bool = False
     """Gradients are accumulated in float32, by no kernel of Apex."""
+    moe_token_dispatcher_type: str | None = None
+    """Tokens always go to their experts by an all-to-all."""
+    moe_grouped_gemm: bool = False
+    """Experts compute one after the other, and have weights of their own in checkpoints."""
+    moe_permutation_async_comm: bool = False
+    """Tokens are put in order before they are sent."""
 
     @property
     def given(self) -> tuple[str, ...]:

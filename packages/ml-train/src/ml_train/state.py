@@ -46,11 +46,11 @@ class TrainingState:
     optimizer: MegatronOptimizer
 
     def global_names(self) -> dict[int, str]:
-        """Return the name in the whole model of each parameter, by the parameter's id()."""
+        """Return the name in the whole model of each tensor, by the tensor's id()."""
         return {
             id(tensor): chunk.global_name(name)
             for chunk in self.chunks
-            for name, tensor in chunk.module.named_parameters()
+            for name, tensor in chunk.tensors()
         }
 
 

@@ -22,6 +22,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ml_parallel.groups import Place
@@ -71,6 +73,8 @@ def prepare_config(
     ddp = chunks[0].ddp_config
     tokens = shape.micro_batch_size * shape.seq_length
     config.finalize_model_grads_func = partial(_finalize_gradients, tokens)
+    # It would change this bias before anyone knows whether the step is good: see `train_step`.
+    config.moe_router_enable_expert_bias = False
     config.grad_scale_func = lambda loss: optimizer.scale_loss(loss) / tokens
     if ddp.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in chunks]
@@ -126,6 +130,7 @@ def train_step(
     if updated:
         _clip(optimizer, grad_norm)
         optimizer.step_with_ready_grads()
+    _balance_experts(chunks, updated=updated)
     return StepResult(loss, grad_norm, updated, stop)
 
 
@@ -211,6 +216,22 @@ def _reduce(losses: Sequence[dict[str, torch.Tensor]], stop: bool) -> tuple[floa
     torch.distributed.all_reduce(totals)
     loss, tokens, stops = totals.tolist()
     return (loss / tokens if tokens else math.nan), stops > 0
+
+
+@torch.no_grad()
+def _balance_experts(chunks: Sequence[torch.nn.Module], *, updated: bool) -> None:
+    """Make experts with fewer tokens than the mean more likely, where a router has such a bias.
+
+    It is a buffer without a gradient, moved by a constant after each step (arXiv:2408.15664).
+    """
+    for router in (module for chunk in chunks for module in chunk.modules()):
+        if not isinstance(router, TopKRouter) or router.expert_bias is None:
+            continue
+        counts = router.local_tokens_per_expert
+        if updated:
+            rate = router.config.moe_router_bias_update_rate
+            router.expert_bias.copy_(get_updated_expert_bias(counts, router.expert_bias, rate))
+        counts.zero_()
 
 
 def _clip(optimizer: MegatronOptimizer, grad_norm: float) -> None:

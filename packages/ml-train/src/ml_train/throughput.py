@@ -64,20 +64,47 @@ def model_flops_per_iteration(
 ) -> float:
     """Return the FLOP of forward and backward that the model needs, as Megatron counts them.
 
-    The backward pass is twice the forward pass. Attention is counted without causal sparsity, and
-    recomputation is not counted. Where a head is hidden size / number of heads wide this is
+    The backward pass is twice the forward pass. Attention is counted without causal sparsity;
+    recomputation, keys outside a window, and experts that a token does not go to are not counted.
+    Where a head is hidden size / number of heads wide, and there are no experts, this is
 
         12 B s L h^2 (1 + ffn/h g + ng/nh + s/h + V/(2 L h)),    g = 1.5 with a gated MLP, else 1
     """
-    hidden = arch.hidden_size
-    queries = arch.num_attention_heads * arch.head_dim
-    keys = arch.query_groups * arch.head_dim
-    attention = 2 * hidden * queries + 2 * hidden * keys
-    scores = 2 * seq_length * queries
-    mlp = (3 if arch.swiglu else 2) * hidden * arch.ffn_size
-    products_per_token = arch.num_layers * (attention + scores + mlp) + hidden * padded_vocab_size
-    forward = 2.0 * products_per_token * global_batch_size * seq_length
+    projections = _projections(arch)
+    products = arch.hidden_size * padded_vocab_size
+    for layer, window in enumerate(arch.windows):
+        keys = min(seq_length, window or seq_length)
+        products += projections + _scores(arch, keys) + _feed_forward(arch, layer)
+    forward = 2.0 * products * global_batch_size * seq_length
     return 3.0 * forward
+
+
+def _projections(arch: Architecture) -> int:
+    """Count the multiplications of a token in the linear layers of attention."""
+    hidden, heads = arch.hidden_size, arch.num_attention_heads
+    if not arch.multi_latent_attention:
+        queries, keys = heads * arch.head_dim, arch.query_groups * arch.head_dim
+        return 2 * hidden * queries + 2 * hidden * keys
+    queries, values = heads * arch.query_head_dim, heads * arch.value_head_dim
+    rank = arch.q_lora_rank
+    query = hidden * queries if rank is None else rank * (hidden + queries)
+    latent, position = arch.kv_lora_rank or 0, arch.qk_pos_emb_head_dim or 0
+    up = latent * (heads * (arch.qk_head_dim or 0) + values)
+    return query + hidden * (latent + position) + up + values * hidden
+
+
+def _scores(arch: Architecture, keys: int) -> int:
+    """Count the multiplications of a token with so many keys and values."""
+    return arch.num_attention_heads * (arch.head_dim + arch.value_head_dim) * keys
+
+
+def _feed_forward(arch: Architecture, layer: int) -> int:
+    """Count the multiplications of a token in the MLP of a layer, or its experts and router."""
+    matrices = 3 if arch.is_gated else 2
+    if not arch.has_experts(layer):
+        return matrices * arch.hidden_size * arch.ffn_size
+    width = arch.moe_router_topk * arch.expert_size + arch.shared_expert_size
+    return arch.hidden_size * (matrices * width + (arch.num_experts or 0))
 
 
 def tokens_per_second_per_device(

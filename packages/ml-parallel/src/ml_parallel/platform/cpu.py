@@ -86,7 +86,7 @@ def _factory(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
     @functools.wraps(original)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         if _is_cuda(kwargs.get("device")):
-            kwargs["device"] = _CPU
+            kwargs["device"] = _current_device()
         return original(*args, **kwargs)
 
     return create
@@ -140,7 +140,9 @@ def _nothing(*_args: object, **_kwargs: object) -> None:
 
 
 def _current_device() -> torch.device:
-    return _CPU
+    """Return the CPU, or "meta" in a `with torch.device("meta")`: a model without its memory."""
+    default = torch.get_default_device()
+    return default if default.type == "meta" else _CPU
 
 
 def _stream_context(_stream: Stream) -> AbstractContextManager[None]:
@@ -149,6 +151,56 @@ def _stream_context(_stream: Stream) -> AbstractContextManager[None]:
 
 def _current_stream(_device: object = None) -> Stream:
     return Stream()
+
+
+def _as_sizes(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if as_numpy and isinstance(tensor, torch.Tensor):
+            return tensor.numpy()
+        return original(tensor, as_numpy, record_stream)
+
+    return move
+
+
+def _padded(rows: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.cat([rows, rows.new_zeros(length - rows.shape[0], *rows.shape[1:])])
+
+
+def _gather_uneven(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(original)
+    def gather(
+        input_: torch.Tensor,
+        group: Any,
+        output_split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return original(input_, group, output_split_sizes, use_global_buffer)
+        longest = max(output_split_sizes)
+        rows = original(_padded(input_, longest), group)
+        parts = torch.split(rows, longest) if longest else [rows] * group.size()
+        return torch.cat([part[:n] for part, n in zip(parts, output_split_sizes, strict=True)])
+
+    return gather
+
+
+def _reduce_scatter_uneven(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(original)
+    def reduce_scatter(
+        input_: torch.Tensor,
+        group: Any,
+        input_split_sizes: list[int] | None = None,
+        use_global_buffer: bool = False,
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return original(input_, group, input_split_sizes, use_global_buffer)
+        longest = max(input_split_sizes)
+        parts = torch.split(input_, input_split_sizes)
+        rows = original(torch.cat([_padded(part, longest) for part in parts]), group)
+        return rows[: input_split_sizes[group.rank()]].contiguous()
+
+    return reduce_scatter
 
 
 def _quiet_fork(original: Any) -> Any:
@@ -230,6 +282,24 @@ PATCHES: tuple[Patch, ...] = (
         name="CudaRNGStatesTracker",
         replace=_quiet_fork,
         reason="its warning about the CPU generator is wrong where that is the device generator",
+    ),
+    Patch(
+        module="megatron.core.transformer.moe.token_dispatcher",
+        name="maybe_move_tensor_to_cpu",
+        replace=_as_sizes,
+        reason="it makes the sizes of an all-to-all numbers only if they are on a CUDA device",
+    ),
+    Patch(
+        module="megatron.core.tensor_parallel.mappings",
+        name="_gather_along_first_dim",
+        replace=_gather_uneven,
+        reason="gloo gathers parts of one size only; experts have different numbers of tokens",
+    ),
+    Patch(
+        module="megatron.core.tensor_parallel.mappings",
+        name="_reduce_scatter_along_first_dim",
+        replace=_reduce_scatter_uneven,
+        reason="gloo scatters parts of one size only; experts have different numbers of tokens",
     ),
 )
 """Every name replaced on a CPU."""

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-import ml_kernels
-
 
 class EngineMismatchError(RuntimeError):
     """megatron-core or torch is not what a patch was written for."""
@@ -69,27 +67,12 @@ def _find(patch: Patch) -> tuple[Any, str]:
     return owner, attribute
 
 
-def _rotary(_original: Any) -> Callable[..., torch.Tensor]:
-    def fused_apply_rotary_pos_emb(
-        t: torch.Tensor, freqs: torch.Tensor, interleaved: bool = False
-    ) -> torch.Tensor:
-        return ml_kernels.rotary_embedding(t, freqs, interleaved=interleaved)
-
-    return fused_apply_rotary_pos_emb
-
-
 EVERYWHERE: tuple[Patch, ...] = (
     Patch(
         module="megatron.core.optimizer",
         name="USING_PYTORCH_OPTIMIZER",
         replace=lambda _original: True,
         reason="checkpoints hold the state of torch's AdamW; Apex and Transformer Engine differ",
-    ),
-    Patch(
-        module="megatron.core.models.common.embeddings.rope_utils",
-        name="fused_apply_rotary_pos_emb",
-        replace=_rotary,
-        reason="the seam for a fused rotary embedding; without Transformer Engine it is None",
     ),
 )
 """Patches for every device."""

@@ -1,0 +1,142 @@
+"""Compare a checkpoint, run by our model, with a Hugging Face model, run by transformers.
+
+    python -m ml_eval.compare_logits < request.json
+
+is what `ml-convert --verify logits` runs; the request on the standard input is that of ml_convert
+that opens the checkpoint (`ours`), and the directory of the Hugging Face model (`theirs`). Of both
+models the first layers compute some random tokens in float32, on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ml_convert.errors import ConversionError, VerificationError
+from ml_convert.huggingface import CONFIG, read_json
+from ml_convert.input import open_source
+from ml_convert.request import Request
+from ml_convert.source import Source
+from ml_models.architecture import Architecture
+from ml_models.registry import family_for
+
+LAYERS = 4
+TOKENS = 128
+TOLERANCE = 1e-4
+"""Largest difference that rounding explains, of the largest logit."""
+
+_PATHS = ("load_dir", "save_dir", "hf_config", "lora_load")
+
+
+def main() -> int:
+    """Compare; returns the exit code, 1 if the models differ."""
+    content = json.load(sys.stdin)
+    try:
+        sys.stdout.write(compare(_request(content["ours"]), Path(content["theirs"])) + "\n")
+    except (VerificationError, ConversionError, ValueError, OSError) as error:
+        sys.stderr.write(" ".join(str(error).split()) + "\n")
+        return 1
+    return 0
+
+
+def _request(content: dict[str, Any]) -> Request:
+    """Read a request from JSON, which knows neither paths nor tuples."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in content.items()
+        if value is not None
+    }
+    return Request(**values | {name: Path(values[name]) for name in _PATHS if name in values})
+
+
+def compare(ours: Request, theirs: Path) -> str:
+    """Compare two models; returns what was found.
+
+    Raises:
+        VerificationError: They do not compute the same.
+    """
+    source, config = open_source(ours), read_json(theirs / CONFIG)
+    layers = min(LAYERS, source.arch.num_layers)
+    count = min(TOKENS, source.arch.max_position_embeddings)
+    tokens = np.random.default_rng(0).integers(source.arch.vocab_size, size=(1, count))
+    expected = _their_logits(theirs, config, layers, tokens)[..., : source.arch.vocab_size]
+    found = _our_logits(source, layers, tokens)
+    difference, largest = np.abs(found - expected).max(), np.abs(expected).max()
+    result = (
+        f"logits of {count} tokens after {layers} layers differ by {difference:.2g}, the largest "
+        f"is {largest:.2g}"
+    )
+    if not difference <= TOLERANCE * largest:  # NaN is no success
+        raise VerificationError(f"{ours.load_dir}: {result}, compared with {theirs}")
+    return result
+
+
+def _first_layers(arch: Architecture, layers: int) -> Architecture:
+    """Describe a model of the first layers only."""
+    lists = {
+        item.name: getattr(arch, item.name)[:layers]
+        for item in fields(arch)
+        if isinstance(getattr(arch, item.name), tuple)
+        and len(getattr(arch, item.name)) == arch.num_layers
+    }
+    return replace(arch, num_layers=layers, **lists)
+
+
+def _our_logits(source: Source, layers: int, tokens: np.ndarray) -> np.ndarray:
+    from ml_parallel import platform
+
+    platform.import_engine()  # first, as it silences what megatron-core says when imported
+    import torch
+
+    from ml_eval.engine import load
+
+    shortened = replace(source, arch=_first_layers(source.arch, layers))
+    engine = load(shortened, device="cpu", dtype=torch.float32)
+    logits = engine.logits(torch.from_numpy(tokens)).float().numpy()
+    engine.close()
+    return logits
+
+
+def _their_logits(
+    directory: Path, config: Mapping[str, Any], layers: int, tokens: np.ndarray
+) -> np.ndarray:
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    with tempfile.TemporaryDirectory() as scratch:
+        shortened = _shortened(directory, config, layers, Path(scratch))
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            shortened, dtype=torch.float32, trust_remote_code=False, attn_implementation="eager"
+        )
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(tokens), use_cache=False).logits
+    return np.asarray(logits.float().numpy())
+
+
+def _shortened(directory: Path, config: Mapping[str, Any], layers: int, scratch: Path) -> Path:
+    """Link a model's files under a config.json that says it has fewer layers."""
+    family = family_for(config)
+    arch = family.from_hf(config)
+    if layers < arch.num_layers:
+        whole = family.to_hf(arch, "float32")
+        short = family.to_hf(_first_layers(arch, layers), "float32")
+        config = {**config} | {
+            key: value for key, value in short.items() if value != whole.get(key)
+        }
+    for path in directory.iterdir():
+        if path.is_file() and path.name != CONFIG:
+            (scratch / path.name).symlink_to(path.resolve())
+    (scratch / CONFIG).write_text(json.dumps(config))
+    return scratch
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""`ml-convert --verify logits` runs both models and tells whether they compute the same."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from ml_convert import ConversionError, Request, VerificationError, convert, logits
+from ml_convert.input import open_source
+from ml_eval.compare_logits import compare
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    """A model with more layers than are compared."""
+    path = tmp_path_factory.mktemp("models") / "hf"
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=99,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def megatron(hf):
+    """The same converted, after its logits were compared on the way."""
+    request = Request(
+        load_dir=hf,
+        save_dir=hf.parent / "mg",
+        save_format="mcore",
+        target_pipeline_parallel_size=2,
+        verify="logits",
+    )
+    assert convert(request).verified
+    return request.save_dir
+
+
+def test_a_converted_model_computes_what_the_published_one_does(hf, megatron):
+    ours = Request(load_dir=megatron, save_dir=megatron, save_format="hf")
+    said = compare(ours, hf)
+    assert said.startswith("logits of 128 tokens after 4 layers differ by ")
+
+
+def test_another_rotary_base_is_noticed(hf, megatron, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in hf.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    config = json.loads((hf / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e5}
+    (other / "config.json").write_text(json.dumps(config))
+    ours = Request(load_dir=megatron, save_dir=megatron, save_format="hf")
+    with pytest.raises(
+        VerificationError, match=r"mg: logits of 128 tokens .* compared with .*other"
+    ):
+        compare(ours, other)
+
+
+def test_a_failure_reaches_the_one_who_asked(megatron, tmp_path):
+    """The process that compares is told what it needs, and its last line is the message."""
+    request = Request(load_dir=megatron, save_dir=tmp_path, save_format="hf", verify="logits")
+    source = open_source(request)
+    with pytest.raises(VerificationError, match=r"--verify logits: .*nowhere"):
+        logits.check(request, source, tmp_path / "nowhere")
+
+
+def test_there_must_be_two_kinds_of_models(hf, megatron, tmp_path):
+    request = Request(load_dir=hf, save_dir=tmp_path / "out", save_format="hf", verify="logits")
+    with pytest.raises(
+        ConversionError, match="either --load-dir or --save-dir has to be a Hugging"
+    ):
+        convert(request)
+    with pytest.raises(
+        ConversionError, match="either --load-dir or --save-dir has to be a Hugging"
+    ):
+        convert(replace(request, load_dir=megatron, save_format="mcore"))
+    assert not (tmp_path / "out").exists()
