@@ -47,6 +47,21 @@ def test_operators_are_compared_with_eager_and_hugging_face() -> None:
     assert list(rows(memory))[-3:] == ["full logits", "torch, chunked", "ours"]
 
 
+@pytest.mark.slow
+def test_conversion_is_compared_with_copying_and_with_transformers() -> None:
+    printed = run("convert.py", "--models", "1B")
+    lines = [line.split(" | ") for line in printed.splitlines() if line.startswith("| 1B")]
+    assert [line[1].partition(",")[0] for line in lines] == [
+        *["to Megatron"] * 2,
+        *["to Hugging Face"] * 2,
+        "transformers",
+    ]
+    ours, theirs = ([float(line[6].strip(" |").replace(",", "")) for line in part]
+                    for part in (lines[:4], lines[4:]))  # fmt: skip
+    assert 10 < min(ours) <= max(ours) < 200 < min(theirs)  # MiB
+    assert re.search(r"^`ml-convert --help` takes 0\.\d+ CPU seconds", printed, re.M)
+
+
 def test_an_operator_that_is_not_timed_is_refused() -> None:
     command = [sys.executable, BENCH / "kernels.py", "rmsnorm"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

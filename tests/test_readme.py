@@ -270,6 +270,7 @@ def make_world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
     template = tmp_path_factory.mktemp("world")
     _write_texts(template)
     _write_model(template / "llama")
+    _write_adapter(template / "adapter")
 
     def make() -> Path:
         directory = tmp_path_factory.mktemp("readme") / "world"
@@ -328,6 +329,23 @@ def _write_model(directory: Path) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def _write_adapter(directory: Path) -> None:
+    """Write a random adapter for that model, as PEFT does."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for layer in range(4):
+        for name, rows in (("q_proj", 64), ("v_proj", 32)):
+            module = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{module}.lora_A.weight"] = torch.randn(4, 64)
+            tensors[f"{module}.lora_B.weight"] = torch.randn(rows, 4)
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
 
 
 # Tests
@@ -414,9 +432,31 @@ def patches_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def families_table() -> str:
+    from ml_models import registry
+
+    rows = ["| family | also | `model_type` | published sizes |", "|---|---|---|---|"]
+    for family in map(registry.family, registry.names()):
+        types = ", ".join(f"`{kind}`" for kind in family.model_types)
+        sizes = ", ".join(size.name for size in family.sizes)
+        rows.append(f"| {family.name} | {', '.join(family.aliases)} | {types} | {sizes} |")
+    return "\n".join(rows) + "\n"
+
+
+def matrix_table() -> str:
+    from conversion_matrix import table
+
+    return table()
+
+
 @pytest.mark.parametrize(
     ("package", "name", "make"),
-    [("ml-kernels", "operators", operators_table), ("ml-parallel", "patches", patches_table)],
+    [
+        ("ml-kernels", "operators", operators_table),
+        ("ml-parallel", "patches", patches_table),
+        ("ml-models", "families", families_table),
+        pytest.param("ml-convert", "matrix", matrix_table, marks=pytest.mark.slow),
+    ],
 )
 def test_generated_tables_are_current(package: str, name: str, make: Callable[[], str]) -> None:
     readme = ROOT / "packages" / package / "README.md"

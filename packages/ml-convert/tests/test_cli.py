@@ -19,7 +19,7 @@ def words(hf, tmp_path, *more, save_format="mcore"):
 
 
 def test_a_conversion_prints_one_line(tmp_path, make_hf, capsys):
-    flags = ("--target-tensor-parallel-size", 2, "--num-layer-list", "1,3", "--verify")
+    flags = ("--target-tensor-parallel-size", 2, "--num-layer-list", "1,3")
     flags += ("--target-pipeline-parallel-size", 2)
     assert main(words(make_hf(), tmp_path, *flags)) == 0
     out = capsys.readouterr().out
@@ -29,14 +29,28 @@ def test_a_conversion_prints_one_line(tmp_path, make_hf, capsys):
     assert len(out.splitlines()) == 1
 
 
-def test_a_dry_run_lists_the_files(tmp_path, make_hf, capsys):
-    assert main(words(make_hf(), tmp_path, "--dry-run", "--tensor-model-parallel-size", 2)) == 0
+def test_a_dry_run_prints_the_plan(tmp_path, make_hf, capsys):
+    flags = ("--dry-run", "--target-tensor-parallel-size", 2)
+    assert main(words(make_hf(), tmp_path, *flags)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] for line in lines[:2]] == [
+    assert [line.split()[-1] for line in lines if " tensors " in line] == [
         f"{tmp_path}/out/mp_rank_00/model_optim_rng.pt",
         f"{tmp_path}/out/mp_rank_01/model_optim_rng.pt",
     ]
-    assert lines[2].startswith("would write ")
+    second = lines[len(lines) // 2 :]
+    for expected in (
+        "8.0 KiB  model.embedding.word_embeddings.weight bfloat16[128, 32] = nothing; rows 0:128",
+        "model.decoder.layers.0.self_attention.linear_qkv.weight bfloat16[32, 32] = "
+        "model.layers.0.self_attn.q_proj.weight[16:32, 0:32] in 2 parts (model.safetensors) + "
+        "model.layers.0.self_attn.k_proj.weight[8:16, 0:32] in 2 parts (model.safetensors) + ",
+        "model.decoder.layers.3.mlp.linear_fc2.weight bfloat16[32, 24] = "
+        "model.layers.3.mlp.down_proj.weight[0:32, 24:48] (model.safetensors)",
+        "; repeats model.decoder.final_layernorm.weight (mp_rank_00/model_optim_rng.pt)",
+    ):
+        assert any(expected in line for line in second), expected
+    assert lines[-1].startswith("would write ")
+    assert "that are free" in lines[-1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_flags_may_come_from_a_file(tmp_path, make_hf, capsys):
@@ -119,7 +133,7 @@ def test_the_module_runs_as_a_command():
 
 def test_a_progress_bar_is_shown_on_a_terminal(tmp_path, make_hf):
     ours, theirs = pty.openpty()
-    words_ = [sys.executable, "-m", "ml_convert", *words(make_hf(), tmp_path, "--verify")]
+    words_ = [sys.executable, "-m", "ml_convert", *words(make_hf(), tmp_path)]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
     run = subprocess.Popen(words_, stdout=subprocess.PIPE, stderr=theirs, env=environment)
     os.close(theirs)

@@ -42,7 +42,7 @@ def test_several_files_have_an_index_with_the_true_totals(tmp_path, make_hf, mak
 def test_without_a_config_one_is_written_from_the_checkpoint(tmp_path, make_hf, make_megatron):
     _, config = export(make_megatron(make_hf()), tmp_path)
     expected = {"model_type": "llama", "num_key_value_heads": 4, "dtype": "bfloat16"}
-    expected |= {"vocab_size": 99, "bos_token_id": None, "eos_token_id": None}
+    expected |= {"vocab_size": 99, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     assert {key: config[key] for key in expected} == expected
 
 

@@ -63,7 +63,7 @@ def test_every_rank_holds_what_the_slow_oracle_cuts_for_it_and_comes_back_bit_fo
 ):
     options, (tp, stages) = CUTS[cut]
     hf = make_hf(files=3, **MODELS[model])
-    to_megatron(hf, tmp_path, **options, verify=True)
+    to_megatron(hf, tmp_path, **options)
     padded = 128 * tp
     ranks = oracle.cut_llama(hf, tp=tp, stages=stages, padded=padded)
     for (tp_rank, pp_rank), chunks in ranks.items():
@@ -75,7 +75,7 @@ def test_every_rank_holds_what_the_slow_oracle_cuts_for_it_and_comes_back_bit_fo
             assert_same(ours, theirs)
         with zipfile.ZipFile(path) as archive:
             assert archive.testzip() is None
-    to_hf(tmp_path / "mg", tmp_path, verify=True)
+    to_hf(tmp_path / "mg", tmp_path)
     assert_same(oracle.read_model(tmp_path / "back"), hf.tensors)
 
 
@@ -95,7 +95,6 @@ def test_a_megatron_checkpoint_is_cut_anew_without_a_detour(
             target_pipeline_parallel_size=2,
             num_layer_list=(3, 1),
             make_vocab_size_divisible_by=1,
-            verify=True,
         )
     )
     stages = [[range(3)], [range(3, 4)]]
@@ -112,13 +111,13 @@ def test_a_megatron_checkpoint_is_cut_anew_without_a_detour(
 
 def test_ranks_of_nothing_but_padding_are_written_and_read(tmp_path, make_hf, oracle):
     hf = make_hf(vocab_size=20)
-    to_megatron(hf, tmp_path, target_tensor_parallel_size=4, verify=True)
+    to_megatron(hf, tmp_path, target_tensor_parallel_size=4)
     path = tmp_path / "mg" / "release" / "mp_rank_03" / "model_optim_rng.pt"
     _, (found,) = oracle.load_rank(path)
     table = found["embedding.word_embeddings.weight"]
     assert table.shape == (128, 32)
     assert not table.any()
-    to_hf(tmp_path / "mg", tmp_path, verify=True)
+    to_hf(tmp_path / "mg", tmp_path)
     assert_same(oracle.read_model(tmp_path / "back"), hf.tensors)
 
 
@@ -134,7 +133,6 @@ def test_tensors_larger_than_a_band_are_put_together_right(tmp_path, make_hf, or
         target_pipeline_parallel_size=2,
         make_vocab_size_divisible_by=1,
         workers=workers,
-        verify=True,
     )
     ranks = oracle.cut_llama(hf, tp=2, stages=stages, padded=101_000)
     for (tp_rank, pp_rank), (chunk,) in ranks.items():
@@ -143,7 +141,7 @@ def test_tensors_larger_than_a_band_are_put_together_right(tmp_path, make_hf, or
         assert_same(oracle.load_rank(path)[1][0], chunk)
         with zipfile.ZipFile(path) as archive:
             assert archive.testzip() is None
-    to_hf(tmp_path / "mg", tmp_path, workers=workers, verify=True)
+    to_hf(tmp_path / "mg", tmp_path, workers=workers)
     assert_same(oracle.read_model(tmp_path / "back"), hf.tensors)
 
 
@@ -158,7 +156,7 @@ def test_another_dtype_is_that_of_torch_and_only_on_request(tmp_path, make_hf, o
     }
     words = {name: tensor.numpy().view(np.uint32) for name, tensor in numbers.items()}
     oracle.write_safetensors(hf.path / "model.safetensors", words, "F32")
-    to_megatron(hf, tmp_path, params_dtype=flag, target_tensor_parallel_size=2, verify=True)
+    to_megatron(hf, tmp_path, params_dtype=flag, target_tensor_parallel_size=2)
     args, _ = oracle.load_rank(
         tmp_path / "mg" / "release" / "mp_rank_00" / "model_optim_rng.pt", getattr(torch, dtype)
     )
@@ -200,7 +198,7 @@ def test_parts_of_a_parameter_in_different_dtypes_are_refused(tmp_path, make_hf,
 def test_hugging_face_models_are_rewritten_with_other_files(tmp_path, make_hf, oracle):
     hf = make_hf(files=3)
     (hf.path / "tokenizer.json").write_text("{}")
-    to_hf(hf.path, tmp_path, max_shard_size="20KB", verify=True)
+    to_hf(hf.path, tmp_path, max_shard_size="20KB")
     assert_same(oracle.read_model(tmp_path / "back"), hf.tensors)
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config == {**hf.config, "dtype": "bfloat16"}
@@ -226,7 +224,7 @@ def test_a_dry_run_finds_what_is_impossible(tmp_path, make_hf):
 
 def test_cores_are_counted_on_systems_without_affinity_too(tmp_path, make_hf, monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert to_megatron(make_hf(), tmp_path, verify=True).verified
+    assert to_megatron(make_hf(), tmp_path).verified
 
 
 def test_progress_is_told_until_everything_is_done(tmp_path, make_hf):
@@ -237,11 +235,11 @@ def test_progress_is_told_until_everything_is_done(tmp_path, make_hf):
         totals[what] = total
 
     request = Request(
-        load_dir=make_hf().path, save_dir=tmp_path / "mg", save_format="mcore", verify=True
+        load_dir=make_hf().path, save_dir=tmp_path / "mg", save_format="mcore"
     )
     convert(request, progress=progress)
     assert done == totals
-    assert list(done) == ["converting", "verifying", "hashing"]
+    assert list(done) == ["converting", "hashing", "verifying"]
 
 
 def test_the_format_of_a_directory_is_found_out_or_told(tmp_path, make_hf, make_megatron):
@@ -270,7 +268,7 @@ from ml_convert import Request, convert
 
 load_dir, save_dir, save_format, tp = sys.argv[1:]
 convert(Request(load_dir=Path(load_dir), save_dir=Path(save_dir), save_format=save_format,
-                target_tensor_parallel_size=int(tp), verify=True))
+                target_tensor_parallel_size=int(tp)))
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 print(sorted({"torch", "transformers", "megatron"} & set(sys.modules)))
 """

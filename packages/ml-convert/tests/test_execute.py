@@ -10,7 +10,7 @@ from ml_convert.checksum import crc_of_pieces
 from ml_convert.execute import check_copies, copy, gather, scatter
 from ml_convert.files import Buffers, Files
 from ml_convert.layout import Layout, Rectangle, Stored
-from ml_convert.plan import Band, Checkpoint, Plan
+from ml_convert.plan import Band, Checkpoint, Plan, overlapping
 from ml_convert.tensor import DTYPES, Extent
 from ml_models.weights import Parameter
 
@@ -93,7 +93,8 @@ def test_columns_are_written_to_their_tensors(tmp_path):
     with Files() as files:
         files.create(tmp_path / "target", 200)
         band = Band("w", 2, 3, 6)
-        written = list(scatter(target, band, WORDS[2:5].view(np.uint8), files))
+        places = overlapping(target.layout.rectangles["w"], band)
+        written = list(scatter(target, band, places, WORDS[2:5].view(np.uint8), files))
         assert [(tensor, offset) for tensor, offset, _ in written] == [(0, 8), (1, 16)]
         back = gather(target, band, files, Buffers())
     np.testing.assert_array_equal(back.view(np.uint16), WORDS[2:5])
@@ -106,7 +107,7 @@ def test_a_copy_holds_all_elements_and_knows_the_checksums(tmp_path, source, wor
     done = []
     with Files() as files:
         files.create(path, 200)
-        pieces = copy(
+        copied = copy(
             Plan(table=TABLE, source=source, target=target),
             files,
             workers=workers,
@@ -115,9 +116,9 @@ def test_a_copy_holds_all_elements_and_knows_the_checksums(tmp_path, source, wor
         )
     content = path.read_bytes()
     expected = [WORDS[:, :2].tobytes(), np.pad(WORDS[:, 2:], [(0, 1), (0, 0)]).tobytes()]
-    for extent, found, data in zip(target.extents, pieces, expected, strict=True):
+    for extent, found, data in zip(target.extents, copied.written, expected, strict=True):
         assert content[extent.offset : extent.offset + extent.nbytes] == data
-        assert crc_of_pieces(found, extent.nbytes) == zlib.crc32(data)
+        assert crc_of_pieces(found.pieces, extent.nbytes) == zlib.crc32(data)
     assert sum(done) == WORDS.nbytes
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -124,7 +125,8 @@ def edit_rank(rank, **changes):
             {"edit": edit_args(num_layers=5)},
             "iter_0000005: its files hold 4 layers, its args say num_layers=5",
         ),
-        ({"edit": edit_args(num_experts=8)}, "args say num_experts=8"),
+        ({"edit": edit_args(num_experts=8)}, r"mlp.router.weight .* are missing"),
+        ({"edit": edit_args(mtp_num_layers=1)}, "args say mtp_num_layers=1, which is not"),
         ({"edit": edit_args(hidden_size=...)}, "args describe no supported model"),
         (
             {"edit": edit_args(hidden_size=64, kv_channels=4)},
@@ -151,8 +153,8 @@ def edit_rank(rank, **changes):
             "checkpoint_version 1.0 stores query, key and value in another order",
         ),
         (
-            {"edit": lambda _, content: content.update(model={"language_model": {}})},
-            "Megatron-Legacy format is not supported yet",
+            {"edit": lambda _, content: content["model"].update({3: torch.ones(1)})},
+            "model_optim_rng.pt: 3 is no name of a tensor",
         ),
         ({"edit": lambda _, content: content.pop("model")}, "model_optim_rng.pt: holds no model"),
         (
@@ -303,14 +305,16 @@ def test_a_changed_file_of_a_checkpoint_with_a_manifest_is_named(tmp_path, make_
         to_hf(tmp_path / "mg", tmp_path)
 
 
-def test_formats_of_later_issues_are_refused_by_name(tmp_path, make_hf, make_megatron):
+def test_directories_that_are_no_ranks_or_of_another_format_are_named(
+    tmp_path, make_hf, make_megatron
+):
     root = make_megatron(make_hf())
     rank = root / "iter_0000005" / "mp_rank_00"
-    rank.rename(rank.with_name("mp_rank_00_000_001"))
-    with pytest.raises(ConversionError, match=r"mp_rank_00_000_001: expert-parallel ranks"):
+    shutil.copytree(rank, rank.with_name("mp_rank_00_000_001"))
+    with pytest.raises(ConversionError, match=r"different kinds of names \(mp_rank_00, mp_rank_00"):
         to_hf(root, tmp_path)
-    (root / "iter_0000005" / ".metadata").write_bytes(b"x")
-    with pytest.raises(ConversionError, match="torch_dist format is not supported yet"):
+    rank.with_name("mp_rank_00_000_001").rename(rank.with_name("mp_rank_x"))
+    with pytest.raises(ConversionError, match="mp_rank_x: no name of a rank, which is mp_rank_TT"):
         to_hf(root, tmp_path)
 
 

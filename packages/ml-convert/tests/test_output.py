@@ -73,7 +73,7 @@ def test_only_an_earlier_output_is_replaced_and_only_when_told_to(tmp_path, make
     before = files_of(tmp_path / "out")
     with pytest.raises(ConversionError, match="replace it with --overwrite"):
         convert(request(new, tmp_path, save_format))
-    convert(request(new, tmp_path, save_format, overwrite=True, verify=True))
+    convert(request(new, tmp_path, save_format, overwrite=True))
     assert files_of(tmp_path / "out") == before
     convert(request(new, tmp_path, save_format, verify_only=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old", "out"]
@@ -123,7 +123,7 @@ sys.exit(cli.main(sys.argv[3:]))
 def run_slowly(hf, out, save_format, *, moment, seconds):
     """Start the command; it prints a line and sleeps after each band it works on."""
     words = ["--load-dir", hf.path, "--save-dir", out, "--save-format", save_format]
-    words += ["--verify", "--workers", 1]
+    words += ["--workers", 1]
     return subprocess.Popen(
         [sys.executable, "-c", SLOW, moment, str(seconds), *map(str, words)],
         stdout=subprocess.PIPE,
@@ -145,7 +145,7 @@ def test_killed_at_any_moment_nothing_loadable_is_left_and_a_second_run_works(
     assert left_over
     with pytest.raises(ConversionError):
         convert(Request(load_dir=out, save_dir=tmp_path / "x", save_format="hf"))
-    convert(request(hf, tmp_path, save_format, verify=True))
+    convert(request(hf, tmp_path, save_format))
     assert not any(path.exists() for path in left_over)
 
 

@@ -77,7 +77,9 @@ def test_parts_of_a_parameter_in_different_dtypes_are_refused():
 def test_only_the_rows_that_a_band_shares_are_listed():
     rectangles = (Rectangle(0, 0, 0, 0, 10, 4), Rectangle(1, 0, 10, 0, 5, 4))
     found = list(overlapping(rectangles, Band("w", 8, 4, 4)))
-    assert [(r.tensor, start, stop) for r, start, stop in found] == [(0, 8, 10), (1, 10, 12)]
+    assert [(r.tensor, *part) for r, *part in found] == [(0, 8, 2, 0, 4), (1, 10, 2, 0, 4)]
+    columns = list(overlapping(rectangles, Band("w", 0, 4, 2, 3)))
+    assert [(r.tensor, *part) for r, *part in columns] == [(0, 0, 4, 3, 1)]
     assert list(overlapping(rectangles, Band("w", 15, 4, 4))) == []
 
 

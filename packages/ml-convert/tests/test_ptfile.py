@@ -172,7 +172,7 @@ def test_files_that_are_no_sound_archive_are_refused(tmp_path):
         (
             [("m/data.pkl", b"\x80\x02}."), ("m/data/0", b"1234" * 100)],
             {"compression": zipfile.ZIP_DEFLATED},
-            "storage data/0 is compressed",
+            "m/data.pkl is compressed",
         ),
         ([("m/data.pkl", b"\x80\x02}."), ("n/data.pkl", b"\x80\x02}.")], {}, "the same name"),
     ],

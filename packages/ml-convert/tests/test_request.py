@@ -26,11 +26,35 @@ def llama(**changes):
 def test_a_request_knows_the_stages_and_the_padded_vocabulary():
     request = Request(**PATHS, target_tensor_parallel_size=2, target_pipeline_parallel_size=2)
     assert request.stages(llama()) == ((range(4),), (range(4, 8),))
-    assert request.padded_vocab_size(llama()) == 1024
+    assert request.padded_vocabulary(llama()) == 1024
     assert request.dtype is None
     request = Request(**PATHS, make_vocab_size_divisible_by=1, params_dtype="bf16")
-    assert request.padded_vocab_size(llama()) == 1000
+    assert request.padded_vocabulary(llama()) == 1000
     assert request.dtype.name == "bfloat16"
+
+
+def test_experts_are_dealt_out_evenly_or_not_at_all():
+    experts = {"num_experts": 6, "moe_ffn_hidden_size": 48, "add_bias_linear": False}
+    request = Request(**PATHS, target_expert_parallel_size=3)
+    assert request.stages(llama(**experts)) == ((range(8),),)
+    request = Request(**PATHS, target_expert_parallel_size=4)
+    with pytest.raises(
+        ConversionError,
+        match=r"--target-expert-parallel-size 4: must divide --num-experts 6 .*1, 2, 3, 6",
+    ):
+        request.stages(llama(**experts))
+    request = Request(**PATHS, target_tensor_parallel_size=2)
+    with pytest.raises(ConversionError, match="must divide --moe-ffn-hidden-size 25"):
+        request.stages(llama(**experts | {"moe_ffn_hidden_size": 25}))
+
+
+def test_the_padded_vocabulary_may_be_given():
+    assert Request(**PATHS, padded_vocab_size=1001).padded_vocabulary(llama()) == 1001
+    with pytest.raises(ConversionError, match=r"--padded-vocab-size 999: must be at least .* 1000"):
+        Request(**PATHS, padded_vocab_size=999).padded_vocabulary(llama())
+    request = Request(**PATHS, padded_vocab_size=1001, target_tensor_parallel_size=2)
+    with pytest.raises(ConversionError, match="--padded-vocab-size 1001: must be divisible by"):
+        request.padded_vocabulary(llama())
 
 
 @pytest.mark.parametrize(
@@ -59,6 +83,9 @@ def test_shard_sizes_are_written_with_units(text, nbytes):
             {"target_pipeline_parallel_size": 2, "num_layer_list": (4, 2, 2)},
             "--num-layer-list 4,2,2: .*--target-pipeline-parallel-size 2, not 3",
         ),
+        ({"save_format": "hf", "pad_vocab": "last-row"}, "leave out --pad-vocab"),
+        ({"save_format": "legacy", "moe_grouped_gemm": True}, "legacy: has no --moe-grouped-gemm"),
+        ({"target_expert_parallel_size": 0}, "--target-expert-parallel-size 0: must be at least"),
         (
             {"num_layers_per_virtual_pipeline_stage": 2},
             "--num-layers-per-virtual-pipeline-stage 2: needs at least 2",
@@ -88,6 +115,14 @@ def test_values_that_cannot_be_are_refused_by_flag(changes, message):
         (
             {"target_pipeline_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 3},
             r"--num-layers-per-virtual-pipeline-stage 3: must divide the 4 layers .* 1, 2\)",
+        ),
+        (
+            {"save_format": "legacy", "target_tensor_parallel_size": 6},
+            "--target-tensor-parallel-size 6: must divide --num-query-groups 2 with --save-format",
+        ),
+        (
+            {"target_expert_parallel_size": 2},
+            "--target-expert-parallel-size 2: the model has no experts",
         ),
     ],
 )

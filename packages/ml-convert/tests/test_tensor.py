@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from ml_convert.casting import cast
 from ml_convert.errors import ConversionError
-from ml_convert.tensor import DTYPES, cast
+from ml_convert.tensor import DTYPES
 
 FLOATS = ("float32", "float16", "bfloat16")
 

@@ -170,7 +170,6 @@ def test_what_fails_verification_gets_no_name(tmp_path, make_hf, monkeypatch):
                     load_dir=hf.path,
                     save_dir=tmp_path / "out",
                     save_format=save_format,
-                    verify=True,
                 )
             )
         assert [path.name for path in tmp_path.iterdir()] == ["hf"]

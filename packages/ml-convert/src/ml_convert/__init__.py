@@ -2,7 +2,7 @@
 
     from ml_convert import Request, convert
 
-    convert(Request(load_dir="llama", save_dir="out", save_format="mcore", verify=True))
+    convert(Request(load_dir="llama", save_dir="out", save_format="mcore"))
 
 Nothing is loaded until it is used.
 """
@@ -13,18 +13,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ml_convert.conversion import Report, convert
+    from ml_convert.conversion import convert
     from ml_convert.errors import ConversionError, VerificationError
+    from ml_convert.report import Report
     from ml_convert.request import Request
+    from ml_convert.streaming import tensors, torch_tensors
 
-__all__ = ["ConversionError", "Report", "Request", "VerificationError", "convert"]
+__all__ = [
+    "ConversionError",
+    "Report",
+    "Request",
+    "VerificationError",
+    "convert",
+    "tensors",
+    "torch_tensors",
+]
 
 _MODULES = {
     "ConversionError": "errors",
-    "Report": "conversion",
+    "Report": "report",
     "Request": "request",
     "VerificationError": "errors",
     "convert": "conversion",
+    "tensors": "streaming",
+    "torch_tensors": "streaming",
 }
 
 

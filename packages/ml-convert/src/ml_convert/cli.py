@@ -8,15 +8,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ml_convert import modellink
 from ml_convert.request import Request
 from ml_models import flags
 
 if TYPE_CHECKING:
-    from ml_convert.conversion import Progress, Report
+    from ml_convert.conversion import Progress
+    from ml_convert.report import Report
 
 PROG = "ml-convert"
-DESCRIPTION = """Convert model weights between Hugging Face and Megatron-Core, for any tensor- and
-pipeline-parallel layout. Needs neither the model nor torch, and little memory."""
+DESCRIPTION = """Convert model weights between Hugging Face, Megatron-Legacy and Megatron-Core, for
+any tensor-, pipeline- and expert-parallel layout. Needs neither the model nor torch, and little
+memory. Command lines of ModelLink's convert_ckpt.py are understood, too."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    request = flags.parse(Request, argv, prog=PROG, description=DESCRIPTION)
+    request = flags.parse(Request, _in_our_words(argv), prog=PROG, description=DESCRIPTION)
     from ml_convert.conversion import convert
     from ml_convert.errors import VerificationError
 
@@ -39,6 +42,21 @@ def _run(argv: Sequence[str]) -> int:
         return 1
     _print(report, request)
     return 0
+
+
+def _in_our_words(argv: Sequence[str]) -> Sequence[str]:
+    """Translate a command line of ModelLink, and say what it is in ours."""
+    try:
+        found = modellink.translate(argv)
+    except ValueError as error:
+        raise flags.UsageError(str(error)) from None
+    if found is None:
+        return argv
+    print(f"{PROG}: this is now written {found}", file=sys.stderr)
+    if found.dropped:
+        names = ", ".join(found.dropped)
+        print(f"{PROG}: {names}: not needed, the checkpoint says it", file=sys.stderr)
+    return found.words
 
 
 @contextmanager
@@ -65,17 +83,27 @@ def _progress_bar() -> Iterator[Progress | None]:
 
 def _print(report: Report, request: Request) -> None:
     if request.dry_run:
-        for file in report.files:
-            print(f"{_size(file.size):>10}  {file.tensors:5} tensors  {report.path / file.name}")
+        _print_plan(report)
     done = "would write" if request.dry_run else "compared" if request.verify_only else "wrote"
     padding = f", {_size(report.padding)} of padding" if report.padding else ""
     verified = ", verified bit by bit" if report.verified else ""
+    rounded = f", {report.rounded:,} elements rounded" if report.rounded else ""
+    free = f" of {_size(report.free)} that are free" if report.free is not None else ""
     print(
         f"{done} {report.path}: {report.parameters / 1e6:,.1f} million parameters in "
         f"{len(report.files)} file{'s' * (len(report.files) != 1)} "
-        f"({_size(sum(file.size for file in report.files))}{padding}) from {report.source}, "
-        f"{report.seconds:.1f} s{verified}"
+        f"({_size(report.size)}{free}{padding}) from {report.source}, "
+        f"{report.seconds:.1f} s{rounded}{verified}"
     )
+
+
+def _print_plan(report: Report) -> None:
+    """List every file, and under it every tensor with what it is made of."""
+    for file in report.files:
+        print(f"{_size(file.size):>10}  {file.tensors:5} tensors  {report.path / file.name}")
+        for entry in report.plan:
+            if entry.file == file.name:
+                print(f"{_size(entry.nbytes):>10}  {entry}")
 
 
 def _size(nbytes: int) -> str:

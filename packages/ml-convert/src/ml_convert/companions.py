@@ -38,6 +38,7 @@ _COPIED = (
     "generation_config.json",
     "*.py",
 )
+_KINDS = ("bos", "eos", "pad")
 # Differences in these mean another model; the others may have been chosen anew for training.
 _SHAPE = (
     "num_layers",
@@ -163,13 +164,13 @@ def _merged(
 
 
 def _special_tokens(tokenizer: Path | None) -> dict[str, object]:
-    """Find the ids of the begin and end tokens; null when unknown, not Llama's 1 and 2."""
-    found: dict[str, object] = {"bos_token_id": None, "eos_token_id": None}
+    """Find the ids of begin, end and padding; null when unknown, not what a class may assume."""
+    found: dict[str, object] = {f"{kind}_token_id": None for kind in _KINDS}
     if tokenizer is None or not (tokenizer / "tokenizer_config.json").is_file():
         return found
     settings = read_json(tokenizer / "tokenizer_config.json")
     ids = _token_ids(tokenizer, settings)
-    for kind in ("bos", "eos"):
+    for kind in _KINDS:
         token = settings.get(f"{kind}_token")
         content = token.get("content") if isinstance(token, dict) else token
         found[f"{kind}_token_id"] = ids.get(content) if isinstance(content, str) else None

@@ -2,48 +2,134 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
+from ml_convert import regions
+from ml_convert.casting import cast, rounded
 from ml_convert.checksum import Piece
 from ml_convert.errors import ConversionError
 from ml_convert.files import Buffers, Files, for_each
-from ml_convert.layout import Rectangle
-from ml_convert.plan import Band, Checkpoint, Plan, overlapping
-from ml_convert.tensor import Dtype, cast
+from ml_convert.layout import Rectangle, Steps, steps
+from ml_convert.plan import Band, Checkpoint, Overlap, Plan, overlapping
+from ml_convert.regions import Region
+from ml_convert.tensor import Dtype
 
 Advance = Callable[[int], None]
 """Called with the bytes of each band that is done."""
 
 
+@dataclass
+class Copied:
+    """What a copy did."""
+
+    written: list[Written]
+    """What was written of each stored tensor of the target."""
+    rounded: int = 0
+    """How many elements another dtype has changed."""
+
+
+@dataclass
+class Written:
+    """What was written of a stored tensor."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    """Runs of bytes with their checksums (or zeros, if none are asked for)."""
+    is_scattered: bool = False
+    """Whether some was not written in runs."""
+
+
 def copy(
-    plan: Plan, files: Files, *, workers: int, advance: Advance, checksums: bool
-) -> list[list[Piece]]:
+    plan: Plan,
+    files: Files,
+    *,
+    workers: int,
+    advance: Advance,
+    checksums: bool,
+    skip: Collection[str] = (),
+    finished: Callable[[str, Sequence[Written]], None] = lambda _file, _written: None,
+) -> Copied:
     """Copy all parameters into files that exist already.
 
-    Returns:
-        The pieces that were written of each stored tensor of the target, with their checksums (or
-        zeros, if none are asked for).
+    Args:
+        plan: What to copy.
+        files: The files, open.
+        workers: Number of threads.
+        advance: Called after each band.
+        checksums: Whether to sum up what is written.
+        skip: Files of the target that are whole already.
+        finished: Called with each file of the target of which everything is written, and what
+            was written of all stored tensors, while the other threads go on.
 
     Raises:
         ConversionError: Copies in the source differ, or a number does not fit the target dtype.
     """
-    written: list[list[Piece]] = [[] for _ in plan.target.extents]
-    buffers = Buffers()
+    written = [Written() for _ in plan.target.extents]
+    copied, lock = Copied(written), threading.Lock()
+    buffers, wanted = Buffers(), _wanted(plan.target, skip)
+    remaining = _Remaining(plan.target, wanted)
 
-    def copy_band(band: Band) -> None:
-        data = gather(plan.source, band, files, buffers)
-        check_copies(plan.source, band, data, files, buffers)
-        converted = converted_to(plan.target.dtypes[band.parameter], data, plan, band)
-        for tensor, offset, part in scatter(plan.target, band, converted, files):
-            crc = zlib.crc32(part.data) if checksums else 0
-            written[tensor].append(Piece(offset, part.nbytes, crc))
-        advance(data.nbytes)
+    def copy_band(band: Band) -> Iterator[Callable[[], None]]:
+        places = list(overlapping(wanted[band.parameter], band))
+        if places:
+            data = gather(plan.source, band, files, buffers)
+            check_copies(plan.source, band, data, files, buffers)
+            converted = converted_to(plan.target.dtypes[band.parameter], data, plan, band)
+            if converted is not data:
+                changed = rounded(data, converted, *_dtypes(plan, band))
+                with lock:
+                    copied.rounded += changed
+            for tensor, offset, part in scatter(plan.target, band, places, converted, files):
+                if part is None:
+                    written[tensor].is_scattered = True
+                    continue
+                crc = zlib.crc32(part.data) if checksums else 0
+                written[tensor].pieces.append(Piece(offset, part.nbytes, crc))
+        advance(band.rows * band.columns * plan.source.dtypes[band.parameter].itemsize)
+        return (partial(finished, file, written) for file in remaining.without(places))
 
     for_each(plan.bands(), copy_band, workers=workers)
-    return written
+    return copied
+
+
+def _wanted(target: Checkpoint, skip: Collection[str]) -> dict[str, list[Rectangle]]:
+    """List the rectangles of each parameter that are not in files to be skipped."""
+    tensors = target.layout.tensors
+    return {
+        name: [r for r in rectangles if tensors[r.tensor].file not in skip]
+        for name, rectangles in target.layout.rectangles.items()
+    }
+
+
+class _Remaining:
+    """Counts the elements that each file still lacks."""
+
+    def __init__(self, target: Checkpoint, wanted: Mapping[str, Sequence[Rectangle]]) -> None:
+        self._lock = threading.Lock()
+        self._files = [stored.file for stored in target.layout.tensors]
+        self._elements: Counter[str] = Counter()
+        for rectangles in wanted.values():
+            for rectangle in rectangles:
+                count = rectangle.rows * rectangle.columns
+                self._elements[self._files[rectangle.tensor]] += count
+
+    def without(self, places: Sequence[Overlap]) -> list[str]:
+        """Take off what was written; returns the files that are complete now."""
+        written: Counter[str] = Counter()
+        for place in places:
+            written[self._files[place.rectangle.tensor]] += place.rows * place.columns
+        with self._lock:
+            self._elements.subtract(written)
+            return [file for file in written if not self._elements[file]]
+
+
+# Bands
 
 
 def gather(
@@ -56,14 +142,10 @@ def gather(
     """
     itemsize = checkpoint.dtypes[band.parameter].itemsize
     data = buffers.take(buffer, band.rows, band.columns * itemsize)
-    for rectangle, start, stop in overlapping(checkpoint.primary[band.parameter], band):
-        part = _part(data, band, rectangle, start, stop, itemsize)
-        if part.flags.c_contiguous:
-            _read(checkpoint, rectangle, start, part, files)
-        else:
-            scratch = buffers.take("scratch", *part.shape)
-            _read(checkpoint, rectangle, start, scratch, files)
-            part[...] = scratch
+    _read(checkpoint, band, checkpoint.primary[band.parameter], data, files, buffers)
+    update = checkpoint.updates.get(band.parameter)
+    if update is not None:
+        update.apply(data, band, files)
     return data
 
 
@@ -75,27 +157,45 @@ def check_copies(
     Raises:
         ConversionError: One differs.
     """
-    itemsize = checkpoint.dtypes[band.parameter].itemsize
-    for rectangle, start, stop in overlapping(checkpoint.copies[band.parameter], band):
-        part = _part(data, band, rectangle, start, stop, itemsize)
-        scratch = buffers.take("scratch", *part.shape)
-        _read(checkpoint, rectangle, start, scratch, files)
-        if not np.array_equal(part, scratch):
+    copies = list(overlapping(checkpoint.copies[band.parameter], band))
+    if copies and band.parameter in checkpoint.updates:
+        data = buffers.take("raw", *data.shape)
+        _read(checkpoint, band, checkpoint.primary[band.parameter], data, files, buffers)
+    for copy_ in copies:
+        rectangle = copy_.rectangle
+        part = Band(band.parameter, copy_.row, copy_.rows, copy_.columns, copy_.column)
+        itemsize = checkpoint.dtypes[band.parameter].itemsize
+        found = buffers.take("copy", part.rows, part.columns * itemsize)
+        _read(checkpoint, part, [rectangle], found, files, buffers)
+        first = (part.column - band.column) * itemsize
+        columns = slice(first, first + found.shape[1])
+        if not np.array_equal(data[part.row - band.row :][: part.rows, columns], found):
             raise ConversionError(_differing_copies(checkpoint, rectangle.tensor))
 
 
 def scatter(
-    checkpoint: Checkpoint, band: Band, data: np.ndarray, files: Files
-) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Write a band to all places that hold it; yields stored tensor, offset in it, and bytes."""
-    itemsize = checkpoint.dtypes[band.parameter].itemsize
-    rectangles = checkpoint.layout.rectangles[band.parameter]
-    for rectangle, start, stop in overlapping(rectangles, band):
-        part = np.ascontiguousarray(_part(data, band, rectangle, start, stop, itemsize))
-        extent = checkpoint.extents[rectangle.tensor]
-        offset = _row(rectangle, start) * extent.row_bytes
+    checkpoint: Checkpoint, band: Band, places: Iterable[Overlap], data: np.ndarray, files: Files
+) -> Iterator[tuple[int, int, np.ndarray | None]]:
+    """Write a band to these places, which hold parts of it.
+
+    Yields:
+        Stored tensor, offset in it in bytes, and what was written there: None if it was not one
+        run of bytes.
+    """
+    strided: dict[int, list[Region]] = {}
+    for found in places:
+        tensor = found.rectangle.tensor
+        region = _region(checkpoint, band, found, data)
+        if not region.is_run:
+            strided.setdefault(tensor, []).append(region)
+            continue
+        extent, part = checkpoint.extents[tensor], np.ascontiguousarray(region.words)
+        offset = region.steps.first * part.itemsize
         files.write(extent.path, extent.offset + offset, part)
-        yield rectangle.tensor, offset, part
+        yield tensor, offset, part
+    for tensor, parts in strided.items():
+        regions.write(checkpoint.extents[tensor], parts, files)
+        yield tensor, 0, None
 
 
 def converted_to(target: Dtype, data: np.ndarray, plan: Plan, band: Band) -> np.ndarray:
@@ -106,33 +206,75 @@ def converted_to(target: Dtype, data: np.ndarray, plan: Plan, band: Band) -> np.
         raise ConversionError(f"{band.parameter}: {error}") from None
 
 
-def _part(
-    data: np.ndarray, band: Band, rectangle: Rectangle, start: int, stop: int, itemsize: int
-) -> np.ndarray:
-    """The bytes of a band that rows `start` to `stop` of a rectangle hold."""
-    first = rectangle.parameter_column * itemsize
-    columns = slice(first, first + rectangle.columns * itemsize)
-    return data[start - band.row : stop - band.row, columns]
-
-
-def _row(rectangle: Rectangle, parameter_row: int) -> int:
-    """Turn a row of the parameter into the row of the stored tensor."""
-    return rectangle.row + parameter_row - rectangle.parameter_row
+def _dtypes(plan: Plan, band: Band) -> tuple[Dtype, Dtype]:
+    return plan.source.dtypes[band.parameter], plan.target.dtypes[band.parameter]
 
 
 def _read(
-    checkpoint: Checkpoint, rectangle: Rectangle, start: int, target: np.ndarray, files: Files
+    checkpoint: Checkpoint,
+    band: Band,
+    rectangles: Sequence[Rectangle],
+    data: np.ndarray,
+    files: Files,
+    buffers: Buffers,
 ) -> None:
-    extent = checkpoint.extents[rectangle.tensor]
-    offset = extent.offset + _row(rectangle, start) * extent.row_bytes
-    files.read(extent.path, offset, target)
+    """Fill the parts of a band that these rectangles hold."""
+    strided: dict[int, list[Region]] = {}
+    for found in overlapping(rectangles, band):
+        extent = checkpoint.extents[found.rectangle.tensor]
+        region = _region(checkpoint, band, found, data)
+        if not region.is_run:
+            strided.setdefault(found.rectangle.tensor, []).append(region)
+            continue
+        offset = extent.offset + region.steps.first * extent.dtype.itemsize
+        if region.words.flags.c_contiguous:
+            files.read(extent.path, offset, region.words)
+            continue
+        scratch = buffers.take("scratch", found.rows, found.columns * extent.dtype.itemsize)
+        files.read(extent.path, offset, scratch)
+        region.words[...] = scratch.view(region.words.dtype)
+    for tensor, parts in strided.items():
+        regions.read(checkpoint.extents[tensor], parts, files)
+
+
+def _region(checkpoint: Checkpoint, band: Band, found: Overlap, data: np.ndarray) -> Region:
+    """Locate what a rectangle and a band have in common, in the band and in the file."""
+    extent = checkpoint.extents[found.rectangle.tensor]
+    words = data.view(f"u{extent.dtype.itemsize}")
+    row, column = found.row - band.row, found.column - band.column
+    return Region(
+        words[row : row + found.rows, column : column + found.columns],
+        steps_from(found, extent.shape),
+    )
+
+
+def steps_from(found: Overlap, shape: Sequence[int]) -> Steps:
+    """Tell where an overlap lies in its stored tensor of this shape."""
+    r = found.rectangle
+    first, row, column = steps(r, shape)
+    first += (found.row - r.parameter_row) * row + (found.column - r.parameter_column) * column
+    return Steps(first, row, column)
+
+
+# Messages
+
+
+def element(checkpoint: Checkpoint, parameter: str, row: int, column: int) -> str:
+    """Name the stored element that is (row, column) of a parameter."""
+    band = Band(parameter, row, 1, 1, column)
+    (found,) = overlapping(checkpoint.primary[parameter], band)
+    tensor = found.rectangle.tensor
+    stored, extent = checkpoint.layout.tensors[tensor], checkpoint.extents[tensor]
+    first = steps_from(found, extent.shape).first
+    place = [int(index) for index in np.unravel_index(first, extent.shape)]
+    return f"{extent.path}: {stored.name}{place}"
 
 
 def _differing_copies(checkpoint: Checkpoint, index: int) -> str:
-    copy = checkpoint.layout.tensors[index]
-    assert copy.copy_of is not None
-    original = checkpoint.layout.tensors[copy.copy_of]
+    copy_ = checkpoint.layout.tensors[index]
+    assert copy_.copy_of is not None
+    original = checkpoint.layout.tensors[copy_.copy_of]
     return (
-        f"{checkpoint.extents[index].path}: {copy.name} should repeat {original.name} of "
-        f"{checkpoint.extents[copy.copy_of].path}, but differs from it"
+        f"{checkpoint.extents[index].path}: {copy_.name} should repeat {original.name} of "
+        f"{checkpoint.extents[copy_.copy_of].path}, but differs from it"
     )

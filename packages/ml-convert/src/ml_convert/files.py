@@ -8,12 +8,14 @@ import resource
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
 from ml_convert.errors import ConversionError
+from ml_convert.tensor import ZEROS
 
 T = TypeVar("T")
 
@@ -24,6 +26,7 @@ class Files:
     def __init__(self) -> None:
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
+        self._locks: dict[Path, threading.Lock] = {}
 
     def __enter__(self) -> Files:
         return self
@@ -53,8 +56,16 @@ class Files:
                 self._descriptors[path] = self._open(path, os.O_RDONLY)
             return self._descriptors[path]
 
+    def lock(self, path: Path) -> threading.Lock:
+        """Return the lock to hold while a part of the file is read and written back."""
+        with self._lock:
+            return self._locks.setdefault(path, threading.Lock())
+
     def read(self, path: Path, offset: int, target: np.ndarray) -> None:
-        """Fill a contiguous array from a file."""
+        """Fill a contiguous array from a file; `tensor.ZEROS` is endless zeros."""
+        if path is ZEROS:
+            target.fill(0)
+            return
         descriptor, view = self.descriptor(path), target.data.cast("B")
         while view:
             count = os.preadv(descriptor, [view], offset)
@@ -99,29 +110,67 @@ def _allow_more_open_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def for_each(items: Iterable[T], work: Callable[[T], None], *, workers: int) -> None:
+Work = Callable[[], "Iterable[Work] | None"]
+"""Something to do; returns what can be done now that it is done."""
+
+
+def for_each(
+    items: Iterable[T], work: Callable[[T], Iterable[Work] | None], *, workers: int
+) -> None:
     """Call `work` for every item on several threads; the first exception stops all of them.
 
-    The items may be many: they are drawn one by one. Ctrl-C stops after the items in progress.
+    The items may be many: they are drawn one by one. What a call returns is done before the next
+    item is drawn. Ctrl-C stops after the items in progress.
     """
-    stop, lock, remaining = threading.Event(), threading.Lock(), iter(items)
+    queue = _Queue(partial(work, item) for item in items)
 
     def loop() -> None:
-        while not stop.is_set():
-            with lock:
-                item = next(remaining, _END)
-            if isinstance(item, _End):
-                return
-            work(item)
+        while (job := queue.take()) is not None:
+            queue.done(job() or ())
 
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(loop) for _ in range(workers)]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         finally:
-            stop.set()
+            queue.stop()
     for future in done:
         future.result()
+
+
+class _Queue:
+    """Hands out work to threads, what was added later first."""
+
+    def __init__(self, work: Iterable[Work]) -> None:
+        self._items, self._added = iter(work), list[Work]()
+        self._in_progress, self._stopped = 0, False
+        self._changed = threading.Condition()
+
+    def take(self) -> Work | None:
+        """Return something to do; None if there is nothing left."""
+        with self._changed:
+            while not self._stopped:
+                job = self._added.pop() if self._added else next(self._items, None)
+                if job is not None:
+                    self._in_progress += 1
+                    return job
+                if not self._in_progress:
+                    break
+                self._changed.wait()
+            return None
+
+    def done(self, more: Iterable[Work]) -> None:
+        """Note that something was done, and what can be done now."""
+        with self._changed:
+            self._added.extend(more)
+            self._in_progress -= 1
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Hand out nothing any more."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
 
 
 class Buffers(threading.local):
@@ -137,10 +186,3 @@ class Buffers(threading.local):
         if found is None or found.size < size:
             found = self._buffers[name] = np.empty(size, np.uint8)
         return found[:size].reshape(rows, row_bytes)
-
-
-class _End:
-    """Marks that no item is left."""
-
-
-_END = _End()

@@ -40,8 +40,8 @@ def layout(family: Family, arch: Architecture, files: Mapping[str, str]) -> Layo
     Args:
         family: Its family.
         arch: Its description.
-        files: File of each tensor by name. If embeddings are tied and the output layer is there
-            all the same, it counts as a copy.
+        files: File of each tensor by name, which may lack the family's optional prefix. If
+            embeddings are tied and the output layer is there all the same, it counts as a copy.
     """
     tensors = family.tensors(arch)
     index = {name: number for number, name in enumerate(tensors)}
@@ -51,7 +51,10 @@ def layout(family: Family, arch: Architecture, files: Mapping[str, str]) -> Layo
         rectangle = _rectangle(index[piece.hf_name], piece, tensors[piece.hf_name])
         rectangles.setdefault(piece.name, []).append(rectangle)
         holds.setdefault(piece.hf_name, piece.name)
-    found = [Stored(files.get(n, ""), n, hf.shape, holds[n]) for n, hf in tensors.items()]
+    names = {name: _stored_name(family, name, files) for name in tensors}
+    found = [
+        Stored(files.get(names[n], ""), names[n], hf.shape, holds[n]) for n, hf in tensors.items()
+    ]
     copy = output_layer(family)
     if copy in files and not arch.untie_embeddings_and_output_weights:
         (original,) = rectangles[EMBEDDING]
@@ -62,6 +65,12 @@ def layout(family: Family, arch: Architecture, files: Mapping[str, str]) -> Layo
         tensors=tuple(found),
         rectangles={name: tuple(found) for name, found in rectangles.items()},
     )
+
+
+def _stored_name(family: Family, name: str, files: Mapping[str, str]) -> str:
+    """Give the name of a tensor in these files: some leave out the first part of all names."""
+    short = name.removeprefix(family.optional_prefix)
+    return short if name not in files and short in files else name
 
 
 def _rectangle(tensor: int, piece: Piece, hf: HfTensor) -> Rectangle:
@@ -216,7 +225,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ConversionError(f"{path}: missing") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path}: no JSON ({error})") from None
     if not isinstance(content, dict):
         raise ConversionError(f"{path}: holds no JSON object")

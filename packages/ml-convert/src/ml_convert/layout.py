@@ -15,11 +15,11 @@ A tensor counts as a matrix of its dim 0 (rows) by all other dims (columns).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import NamedTuple
 
+from ml_convert.coverage import Box, check_cover
 from ml_convert.errors import ConversionError
 from ml_models.weights import Parameter
 
@@ -80,6 +80,8 @@ class Layout:
     """All stored tensors."""
     rectangles: Mapping[str, tuple[Rectangle, ...]]
     """What each parameter consists of, by its name; rectangles of copies included."""
+    repeats_last_row: bool = False
+    """Rows of padding hold what the last row of their parameter holds, instead of zeros."""
 
     def primary(self, parameter: str) -> tuple[Rectangle, ...]:
         """List the rectangles of a parameter without those that repeat others, top to bottom."""
@@ -97,6 +99,28 @@ def matrix(shape: Sequence[int]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
+class Steps(NamedTuple):
+    """Where the elements of a rectangle lie in its stored tensor, counted in elements."""
+
+    first: int
+    """The first one."""
+    row: int
+    """From one row to the next."""
+    column: int
+    """From one column to the next."""
+
+
+def steps(rectangle: Rectangle, shape: Sequence[int]) -> Steps:
+    """Tell where a rectangle lies in a stored tensor of this shape."""
+    place = rectangle.place
+    if place is None:
+        width = matrix(shape)[1]
+        return Steps(rectangle.row * width, width, 1)
+    axes = [math.prod(place.view[axis + 1 :]) for axis in range(len(place.view))]
+    first = sum(start * step for start, step in zip(place.start, axes, strict=True))
+    return Steps(first, axes[place.row_axis], axes[place.column_axis])
+
+
 def check_complete(layout: Layout, parameters: Iterable[Parameter]) -> None:
     """Prove that a layout stores each element of each parameter, once, and nothing else.
 
@@ -107,41 +131,47 @@ def check_complete(layout: Layout, parameters: Iterable[Parameter]) -> None:
     if table.keys() != layout.rectangles.keys():
         odd = sorted(table.keys() ^ layout.rectangles.keys())
         raise ConversionError(f"{odd[0]} is not stored by the layout, or is no parameter")
-    for name, parameter in table.items():
-        _check_parameter(name, matrix(parameter.shape), layout.primary(name))
-    by_tensor: dict[int, list[tuple[int, int]]] = {}
+    check_parameters(layout, table.values())
+    by_tensor: dict[int, list[Box]] = {}
     for rectangles in layout.rectangles.values():
-        for r in rectangles:
-            if r.columns != matrix(layout.tensors[r.tensor].shape)[1]:
-                raise ConversionError(f"{layout.tensors[r.tensor].name}: part of a row is unused")
-            by_tensor.setdefault(r.tensor, []).append((r.row, r.rows))
+        for rectangle in rectangles:
+            stored = layout.tensors[rectangle.tensor]
+            by_tensor.setdefault(rectangle.tensor, []).append(_stored_box(stored, rectangle))
     for index, stored in enumerate(layout.tensors):
-        end = _end_of_runs(stored.name, by_tensor.get(index, []))
-        if end != stored.shape[0] - stored.padding:
-            raise ConversionError(f"{stored.name}: rows from {end} belong to no parameter")
+        boxes = [*by_tensor.get(index, ()), *_padding(stored)]
+        check_cover(stored.name, stored.shape, boxes, missing="belong to no parameter")
 
 
-def _check_parameter(name: str, shape: tuple[int, int], rectangles: Sequence[Rectangle]) -> None:
-    """Check that strips of rows follow each other, each filled by rectangles side by side."""
-    strips = []
-    for strip, found in groupby(rectangles, key=lambda r: (r.parameter_row, r.rows)):
-        columns = _end_of_runs(name, [(r.parameter_column, r.columns) for r in found])
-        if columns != shape[1]:
-            raise ConversionError(f"{name}: columns from {columns} of row {strip[0]} are missing")
-        strips.append(strip)
-    rows = _end_of_runs(name, strips)
-    if rows != shape[0]:
-        raise ConversionError(f"{name}: rows from {rows} are missing")
+def check_parameters(layout: Layout, parameters: Iterable[Parameter]) -> None:
+    """Prove that a layout stores each element of these parameters, once.
+
+    Raises:
+        ConversionError: Names the parameter with a gap or an overlap.
+    """
+    for parameter in parameters:
+        if parameter.name not in layout.rectangles:
+            raise ConversionError(f"{parameter.name} is not stored by the layout")
+        view = matrix(parameter.shape)
+        boxes = [_parameter_box(view, rectangle) for rectangle in layout.primary(parameter.name)]
+        check_cover(parameter.name, parameter.shape, boxes, missing="are missing")
 
 
-def _end_of_runs(name: str, runs: Iterable[tuple[int, int]]) -> int:
-    """Return where runs (start, length) end; they must follow each other from 0 on."""
-    end = 0
-    for start, length in sorted(runs):
-        if start != end:
-            problem = "are missing" if start > end else "are there twice"
-            raise ConversionError(
-                f"{name}: indices {min(start, end)} to {max(start, end)} {problem}"
-            )
-        end += length
-    return end
+def _parameter_box(view: tuple[int, int], r: Rectangle) -> Box:
+    start = (r.parameter_row, r.parameter_column)
+    return Box(view, start, (start[0] + r.rows, start[1] + r.columns))
+
+
+def _stored_box(stored: Stored, r: Rectangle) -> Box:
+    if r.place is None:
+        return Box(matrix(stored.shape), (r.row, 0), (r.row + r.rows, r.columns))
+    view, start, row_axis, column_axis = r.place
+    length = [1] * len(view)
+    length[row_axis], length[column_axis] = r.rows, r.columns
+    stop = tuple(first + count for first, count in zip(start, length, strict=True))
+    return Box(view, start, stop)
+
+
+def _padding(stored: Stored) -> Iterator[Box]:
+    if stored.padding:
+        rows, columns = matrix(stored.shape)
+        yield Box((rows, columns), (rows - stored.padding, 0), (rows, columns))

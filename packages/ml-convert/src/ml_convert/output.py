@@ -2,25 +2,32 @@
 
 Files are written under a temporary name beside the final one, synced, and listed in a manifest with
 size and sha256. Whatever interrupts the work, nothing that looks like a checkpoint is left, and the
-next run removes what is.
+next run removes what is, or goes on with it.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from ml_convert import journal
 from ml_convert.errors import ConversionError
+from ml_convert.journal import Journal
 from ml_parallel import checkpoint, durable
 from ml_parallel.checkpoint import TRACKER, CheckpointError, FileEntry
 from ml_parallel.manifest import read_manifest, write_manifest
 
+logger = logging.getLogger(__name__)
+
 RELEASE: Literal["release"] = "release"
 """Megatron's name for weights without the state of a training."""
 TOOL = "ml-convert"
+MEGATRON_FORMATS = ("legacy", "mcore", "torch_dist")
+"""Formats that are a directory of checkpoints, of which a converted one is the release."""
 
 
 def check_writable(save_dir: Path, *, save_format: str, overwrite: bool) -> None:
@@ -47,7 +54,7 @@ def check_writable(save_dir: Path, *, save_format: str, overwrite: bool) -> None
 def _is_ours(save_dir: Path, content: list[str], save_format: str) -> bool:
     """Tell whether a directory holds nothing but what this tool wrote in the same format."""
     directory = save_dir
-    if save_format == "mcore":
+    if save_format in MEGATRON_FORMATS:
         if not set(content) <= {RELEASE, TRACKER}:
             return False
         directory = save_dir / RELEASE
@@ -58,32 +65,81 @@ def _is_ours(save_dir: Path, content: list[str], save_format: str) -> bool:
     return manifest is not None and manifest.metadata.get("tool") == TOOL
 
 
-Commit = Callable[[list[FileEntry], dict[str, Any]], Path]
-"""Gives the checkpoint its name, from the list of files and what else to keep in the manifest."""
+class Draft:
+    """A checkpoint that is being written under a temporary name."""
+
+    def __init__(self, root: Path, save_dir: Path, journal: Journal, *, is_megatron: bool) -> None:
+        """Keep what is needed to name it in the end."""
+        self.root = root
+        """Where to write."""
+        self.journal = journal
+        """What is done."""
+        self._save_dir, self._is_megatron = save_dir, is_megatron
+
+    def commit(self, files: list[FileEntry], metadata: dict[str, Any]) -> Path:
+        """Give the checkpoint its name.
+
+        Args:
+            files: All its files.
+            metadata: What else to keep in the manifest.
+        """
+        self.journal.close()
+        metadata = {"tool": TOOL, **metadata}
+        if self._is_megatron:
+            return checkpoint.commit(self.root, files, **metadata)
+        return _commit(self.root, self._save_dir, files, metadata)
 
 
 @contextmanager
-def writing(save_dir: Path, *, save_format: str) -> Iterator[tuple[Path, Commit]]:
-    """Give a temporary directory to write to, and the function that makes it the result.
+def writing(save_dir: Path, *, save_format: str, plan: str, resume: bool) -> Iterator[Draft]:
+    """Give a temporary directory to write to.
 
-    If that function was not called by the end of the block, nothing is left.
+    If it was not committed by the end of the block, nothing is left; with `resume`, all is.
+
+    Args:
+        save_dir: What to write.
+        save_format: Its format.
+        plan: Digest of what is written; what is left of an interrupted attempt goes by it.
+        resume: Go on with such an attempt if there is one.
     """
-    is_new = not save_dir.exists()
-    temporary = checkpoint.begin(save_dir, RELEASE) if save_format == "mcore" else _begin(save_dir)
-
-    def commit(files: list[FileEntry], metadata: dict[str, Any]) -> Path:
-        metadata = {"tool": TOOL, **metadata}
-        if save_format == "mcore":
-            return checkpoint.commit(temporary, files, **metadata)
-        return _commit(temporary, save_dir, files, metadata)
-
+    is_new, is_megatron = not save_dir.exists(), save_format in MEGATRON_FORMATS
+    final = save_dir / RELEASE if is_megatron else save_dir
+    temporary = _interrupted(final, plan, resume=resume)
+    if temporary is None:
+        temporary = checkpoint.begin(save_dir, RELEASE) if is_megatron else _begin(save_dir)
+    keep = resume
     try:
-        yield temporary, commit
+        draft = Draft(temporary, save_dir, Journal(temporary, plan), is_megatron=is_megatron)
+        yield draft
+        keep = False
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if is_new:
-            with suppress(OSError):  # it is not empty if the checkpoint is there
-                save_dir.rmdir()
+        if not keep:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if is_new:
+                with suppress(OSError):  # it is not empty if the checkpoint is there
+                    save_dir.rmdir()
+
+
+def _interrupted(final: Path, plan: str, *, resume: bool) -> Path | None:
+    """Take over what a dead writer left of the same plan; without `resume`, only report it."""
+    beside = final.parent.iterdir() if final.parent.is_dir() else ()
+    for path in sorted(beside):
+        made = durable.temporary(path)
+        if made is None or made.name != final.name:
+            continue
+        done = journal.read(path, plan) if made.is_ours or durable.is_left_over(path) else None
+        if done is None:
+            continue
+        if not resume:
+            logger.warning(
+                "removing %s, left over by an interrupted conversion (%d files were done; "
+                "--resume would go on with it)", path, len(done)
+            )  # fmt: skip
+            continue
+        temporary = durable.temporary_path(final)
+        path.rename(temporary)
+        return temporary
+    return None
 
 
 def _begin(save_dir: Path) -> Path:

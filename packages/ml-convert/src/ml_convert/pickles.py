@@ -4,21 +4,32 @@ A pickle is a program: it names functions and asks for them to be called. `load`
 names that describe tensors, and gives every other name a stand-in that keeps what it is called with
 and does nothing. So it reads checkpoints whose classes are not installed, or exist no more, and a
 malicious file has no effect. `dump` writes plain values and tensors as `torch.save` does.
+
+Names that were given a stand-in are reported, each once. Within `refusing_unknown_names()` they are
+an error instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import logging
 import math
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from ml_convert.errors import ConversionError
+from ml_convert.pickle_sizes import check_sizes
 from ml_convert.tensor import DTYPES, Dtype
+
+logger = logging.getLogger(__name__)
+
+_refuses = ContextVar("_refuses", default=False)
 
 
 class TensorPickle(NamedTuple):
@@ -75,14 +86,38 @@ class Opaque:
         return f"<{self.name}, not loaded>"
 
 
-def load(content: bytes, where: str) -> Any:
+@contextmanager
+def refusing_unknown_names() -> Iterator[None]:
+    """Let `load` raise where it would give a name a stand-in."""
+    token = _refuses.set(True)
+    try:
+        yield
+    finally:
+        _refuses.reset(token)
+
+
+Known = Mapping[tuple[str, str], Any]
+"""What names stand for, by module and name; every value must be harmless to call."""
+
+
+def load(content: bytes, where: str, *, known: Known | None = None) -> Any:
     """Read a pickle of a `torch.save` file, with a TensorPickle for each tensor.
+
+    Args:
+        content: The pickle.
+        where: Its file, for messages.
+        known: Names to resolve besides those that describe tensors.
 
     Raises:
         ConversionError: It is damaged, or holds tensors that are not contiguous.
     """
     try:
-        return _InertUnpickler(io.BytesIO(content)).load()
+        check_sizes(content)
+        unpickler = _InertUnpickler(io.BytesIO(content), known or {})
+        value = unpickler.load()
+        if unpickler.unknown:
+            _report(", ".join(sorted(unpickler.unknown)), where)
+        return value
     except ConversionError as error:
         raise ConversionError(f"{where}: {error}") from None
     except Exception as error:  # a damaged pickle can fail in any way
@@ -95,16 +130,37 @@ class _Storage(NamedTuple):
     numel: int
 
 
+_reported: ContextVar[str] = ContextVar("_reported", default="")
+
+
+def _report(names: str, where: str) -> None:
+    """Say what was not loaded, once for all ranks of a training."""
+    if names != _reported.get():
+        _reported.set(names)
+        logger.warning("%s: holds objects that were not loaded: %s", where, names)
+
+
 class _InertUnpickler(pickle.Unpickler):
     """Resolves names to data of this module only."""
 
+    def __init__(self, content: io.BytesIO, known: Known) -> None:
+        super().__init__(content)
+        self._known = {**_KNOWN, **known}
+        self.unknown: dict[str, None] = {}
+
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _KNOWN:
-            return _KNOWN[module, name]
+        if (module, name) in self._known:
+            return self._known[module, name]
         if module == "torch" and name in DTYPES:
             return name
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
+        if _refuses.get():
+            raise ConversionError(
+                f"its pickle names {module}.{name}, which is not known to be harmless; leave out "
+                "--strict-pickle to read the file without it (nothing is ever executed)"
+            )
+        self.unknown[f"{module}.{name}"] = None
         return type("Opaque", (Opaque,), {"name": f"{module}.{name}"})
 
     def persistent_load(self, pid: Any) -> Any:
@@ -155,12 +211,40 @@ _KNOWN: Mapping[tuple[str, str], Any] = {
 _STORAGES = {dtype.torch_storage: dtype for dtype in DTYPES.values()}
 
 
+class Global(NamedTuple):
+    """A name to write, whose object the reader imports."""
+
+    module: str
+    name: str
+
+
+class Instance(NamedTuple):
+    """An object to write, made by the reader."""
+
+    cls: Global
+    state: Any
+    """What it holds: a dict of its attributes, or what its `__setstate__` takes."""
+
+
+class Call(NamedTuple):
+    """An object to write, that the reader gets by a call."""
+
+    function: Global
+    arguments: tuple[Any, ...]
+
+
+class Pairs(NamedTuple):
+    """A dict to write, whose keys cannot be those of a dict here."""
+
+    items: tuple[tuple[Any, Any], ...]
+
+
 def dump(value: Any) -> bytes:
     """Write a pickle of protocol 2 that `torch.load` reads, also with `weights_only=True`.
 
     Args:
         value: Any nesting of dict, list, tuple, argparse.Namespace, None, bool, int, float, str and
-            TensorPickle.
+            TensorPickle; also Global, Instance, Call and Pairs, which `weights_only` does not read.
     """
     out = bytearray(b"\x80\x02")
     _emit(out, value)
@@ -210,8 +294,12 @@ def _emit_list(out: bytearray, value: list[Any]) -> None:
 
 
 def _emit_dict(out: bytearray, value: dict[Any, Any]) -> None:
+    _emit_pairs(out, Pairs(tuple(value.items())))
+
+
+def _emit_pairs(out: bytearray, value: Pairs) -> None:
     out += b"}("
-    for key, item in value.items():
+    for key, item in value.items:
         _emit(out, key)
         _emit(out, item)
     out += b"u"
@@ -239,6 +327,23 @@ def _emit_tensor(out: bytearray, value: TensorPickle) -> None:
     out += b"ccollections\nOrderedDict\n)RtR"
 
 
+def _emit_global(out: bytearray, value: Global) -> None:
+    out += f"c{value.module}\n{value.name}\n".encode()
+
+
+def _emit_instance(out: bytearray, value: Instance) -> None:
+    _emit_global(out, value.cls)
+    out += b")\x81"
+    _emit(out, value.state)
+    out += b"b"
+
+
+def _emit_call(out: bytearray, value: Call) -> None:
+    _emit_global(out, value.function)
+    _emit_tuple(out, value.arguments)
+    out += b"R"
+
+
 _EMIT: Mapping[type, Callable[[bytearray, Any], None]] = {
     type(None): lambda out, _value: out.extend(b"N"),
     bool: _emit_bool,
@@ -250,4 +355,8 @@ _EMIT: Mapping[type, Callable[[bytearray, Any], None]] = {
     dict: _emit_dict,
     argparse.Namespace: _emit_namespace,
     TensorPickle: _emit_tensor,
+    Global: _emit_global,
+    Instance: _emit_instance,
+    Call: _emit_call,
+    Pairs: _emit_pairs,
 }

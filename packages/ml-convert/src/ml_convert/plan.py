@@ -3,23 +3,42 @@
 A band is some rows of one parameter, about 1 MiB. It is read through the rectangles of one
 checkpoint and written through those of the other, so every byte is read once and written once,
 memory does not grow with the model, and bands can be done in any order by any number of threads.
+Where one side is transposed, a band is a tile: long enough both ways for either side's lines.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from ml_convert.errors import ConversionError
-from ml_convert.layout import Layout, Rectangle, check_complete, matrix
+from ml_convert.files import Files
+from ml_convert.layout import Layout, Rectangle, check_complete, matrix, steps
 from ml_convert.tensor import Dtype, Extent
 from ml_models.architecture import Architecture
 from ml_models.weights import Parameter, parameters
 
 BAND_BYTES = 1 << 20  # stays in the cache between read, checksum and write: half the time of 4 MiB
+TILE_BYTES = 4 << 20
+_TILE_ROWS = 2048
+
+
+class Update(Protocol):
+    """A change of a parameter's elements on the way, such as what a LoRA adapter adds."""
+
+    def apply(self, data: np.ndarray, band: Band, files: Files) -> None:
+        """Change a band in place.
+
+        Args:
+            data: Bytes of shape (rows, row bytes).
+            band: Which part of the parameter they are.
+            files: To read what is added from.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +49,8 @@ class Checkpoint:
     """Which part of which parameter each stored tensor holds."""
     extents: tuple[Extent, ...]
     """Where each stored tensor lies, in the order of `layout.tensors`."""
+    updates: Mapping[str, Update] = field(default_factory=dict)
+    """What to change of parameters when they are read, by their names."""
 
     @cached_property
     def primary(self) -> Mapping[str, tuple[Rectangle, ...]]:
@@ -41,6 +62,14 @@ class Checkpoint:
         """The rectangles that repeat parts of each parameter."""
         return {name: self.layout.copies(name) for name in self.layout.rectangles}
 
+    def is_transposed(self, parameter: str) -> bool:
+        """Tell whether neighbours in a file are mostly neighbours in a column of a parameter."""
+        found = self.layout.rectangles[parameter]
+        if found[0].columns == 1 or all(rectangle.place is None for rectangle in found):
+            return False
+        places = (steps(r, self.layout.tensors[r.tensor].shape) for r in found)
+        return any(place.row < place.column for place in places)
+
     @cached_property
     def dtypes(self) -> Mapping[str, Dtype]:
         """The dtype of each parameter.
@@ -49,22 +78,37 @@ class Checkpoint:
             ConversionError: Parts of a parameter are stored in different dtypes.
         """
         found: dict[str, Dtype] = {}
-        for stored, extent in zip(self.layout.tensors, self.extents, strict=True):
-            dtype = found.setdefault(stored.parameter, extent.dtype)
-            if dtype != extent.dtype:
-                raise ConversionError(
-                    f"{extent.path}: {stored.name} is {extent.dtype.name}, but another part of "
-                    f"{stored.parameter} is {dtype.name}"
-                )
+        for name, rectangles in self.layout.rectangles.items():
+            for index in dict.fromkeys(rectangle.tensor for rectangle in rectangles):
+                extent = self.extents[index]
+                dtype = found.setdefault(name, extent.dtype)
+                if dtype != extent.dtype:
+                    raise ConversionError(
+                        f"{extent.path}: {self.layout.tensors[index].name} is "
+                        f"{extent.dtype.name}, but another part of {name} is {dtype.name}"
+                    )
         return found
 
 
 class Band(NamedTuple):
-    """Some rows of a parameter."""
+    """Some rows of a parameter, or some columns of some rows."""
 
     parameter: str
     row: int
     rows: int
+    columns: int
+    column: int = 0
+
+
+class Overlap(NamedTuple):
+    """What a band and a rectangle have in common."""
+
+    rectangle: Rectangle
+    row: int
+    """First row, in the parameter."""
+    rows: int
+    column: int
+    """First column, in the parameter."""
     columns: int
 
 
@@ -89,30 +133,54 @@ class Plan:
         """Cut every parameter into bands."""
         for parameter in self.table:
             rows, columns = matrix(parameter.shape)
-            row_bytes = columns * self.source.dtypes[parameter.name].itemsize
-            step = max(1, BAND_BYTES // row_bytes)
-            for row in range(0, rows, step):
-                yield Band(parameter.name, row, min(step, rows - row), columns)
+            height, width = self._size_of_bands(parameter.name, rows, columns)
+            for column in range(0, columns, width):
+                count = min(width, columns - column)
+                for row in range(0, rows, height):
+                    yield Band(parameter.name, row, min(height, rows - row), count, column)
+
+    def _size_of_bands(self, parameter: str, rows: int, columns: int) -> tuple[int, int]:
+        """Return how many rows and columns a band of a parameter has."""
+        itemsize = self.source.dtypes[parameter].itemsize
+        if any(side.is_transposed(parameter) for side in (self.source, self.target)):
+            elements = TILE_BYTES // itemsize
+            height = min(rows, _TILE_ROWS)
+            width = max(1, min(columns, elements // height))
+            return min(rows, elements // width), width
+        width = min(columns, TILE_BYTES // itemsize)
+        return max(1, BAND_BYTES // (width * itemsize)), width
 
 
-def plan(arch: Architecture, source: Checkpoint, target: Checkpoint) -> Plan:
+def plan(
+    arch: Architecture,
+    source: Checkpoint,
+    target: Checkpoint,
+    table: tuple[Parameter, ...] | None = None,
+) -> Plan:
     """Make a plan after proving that both sides store the whole model.
+
+    Args:
+        arch: The model.
+        source: What to read.
+        target: What to write.
+        table: Parameters to copy, if they are not those of the model, but of an adapter.
 
     Raises:
         ConversionError: One of them does not.
     """
-    table = parameters(arch)
+    table = table or parameters(arch)
     check_complete(source.layout, table)
     check_complete(target.layout, table)
     return Plan(table=table, source=source, target=target)
 
 
-def overlapping(
-    rectangles: Sequence[Rectangle], band: Band
-) -> Iterator[tuple[Rectangle, int, int]]:
-    """List the rectangles with rows of a band, and these rows: first and one past the last."""
+def overlapping(rectangles: Sequence[Rectangle], band: Band) -> Iterator[Overlap]:
+    """List what each of these rectangles of a parameter has in common with a band."""
+    bottom, right = band.row + band.rows, band.column + band.columns
     for rectangle in rectangles:
-        start = max(band.row, rectangle.parameter_row)
-        stop = min(band.row + band.rows, rectangle.parameter_row + rectangle.rows)
-        if start < stop:
-            yield rectangle, start, stop
+        row, column = rectangle.parameter_row, rectangle.parameter_column
+        top, left = max(band.row, row), max(band.column, column)
+        rows = min(bottom, row + rectangle.rows) - top
+        columns = min(right, column + rectangle.columns) - left
+        if rows > 0 and columns > 0:
+            yield Overlap(rectangle, top, rows, left, columns)

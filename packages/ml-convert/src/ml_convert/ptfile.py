@@ -14,6 +14,8 @@ with the checksums of what was written.
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
 import struct
 import zipfile
@@ -21,7 +23,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from ml_convert import pickles
 from ml_convert.errors import ConversionError
@@ -31,6 +33,15 @@ from ml_convert.tensor import Dtype, Extent
 _ALIGNMENT = 64
 _MAX_32 = 0xFFFFFFFF
 _LONGEST_PICKLE = 1 << 30
+_DAMAGED = (
+    zipfile.BadZipFile,
+    EOFError,
+    NotImplementedError,
+    OverflowError,
+    RuntimeError,
+    ValueError,
+    struct.error,
+)
 
 
 # Reading
@@ -71,42 +82,96 @@ def read(path: Path) -> Saved:
     Raises:
         ConversionError: It is no such file, or damaged.
     """
+    with path.open("rb") as file:
+        return read_part(file, path, 0, os.fstat(file.fileno()).st_size)
+
+
+def read_part(file: IO[bytes], path: Path, start: int, length: int) -> Saved:
+    """Read what was saved to a part of a file; executes nothing, loads no tensor.
+
+    Args:
+        file: The file, open.
+        path: Its path.
+        start: Where the part begins.
+        length: Its bytes.
+
+    Raises:
+        ConversionError: It is no such file, or damaged.
+    """
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            members = _members(archive, path)
+        with zipfile.ZipFile(_Part(file, start, length)) as archive:
+            members = _members(archive, path, length)
             content = archive.read(members["data.pkl"])
-            spans = _storage_spans(file.fileno(), members, path)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, struct.error) as error:
+            spans = _storage_spans(file.fileno(), members, path, start, start + length)
+    except ConversionError:
+        raise
+    except _DAMAGED as error:
         raise ConversionError(f"{path}: torn, or no file of torch.save ({error})") from None
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a place before the beginning
+            raise
+        raise ConversionError(f"{path}: torn, or no file of torch.save") from None
     return Saved(path, pickles.load(content, str(path)), spans)
 
 
-def _members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
-    """List the members by name without the folder that all are in."""
+class _Part(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
+        super().__init__()
+        self._descriptor, self._start, self._length, self._place = file.fileno(), start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise zipfile.BadZipFile("too short")
+        self._place = base + offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self._length - self._place))
+        found = os.preadv(self._descriptor, [view[:count]], self._start + self._place)
+        self._place += found
+        return found
+
+
+def _members(archive: zipfile.ZipFile, path: Path, size: int) -> dict[str, zipfile.ZipInfo]:
+    """List the members by name without the folder that all are in; `size` is that of the file."""
     members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
     if len(members) != len(archive.infolist()):
         raise ConversionError(f"{path}: two members have the same name")
     pickled = members.get("data.pkl")
     if pickled is None:
         raise ConversionError(f"{path}: no file of torch.save, it has no data.pkl")
-    if pickled.file_size > _LONGEST_PICKLE:
-        raise ConversionError(f"{path}: its pickle is larger than {_LONGEST_PICKLE} bytes")
+    for info in (pickled, members.get("byteorder", pickled)):  # these are read at once
+        stored = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
+        if not stored or info.file_size > min(size, _LONGEST_PICKLE):
+            raise ConversionError(f"{path}: {info.filename} is compressed, or longer than its file")
     if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
         raise ConversionError(f"{path}: written by a big-endian machine, which is not supported")
     return members
 
 
 def _storage_spans(
-    descriptor: int, members: Mapping[str, zipfile.ZipInfo], path: Path
+    descriptor: int, members: Mapping[str, zipfile.ZipInfo], path: Path, start: int, end: int
 ) -> dict[str, _Span]:
     spans = {}
-    end = os.fstat(descriptor).st_size
     for name, info in members.items():
         if not name.startswith("data/"):
             continue
-        header = os.pread(descriptor, 30, info.header_offset)
+        header = os.pread(descriptor, 30, start + info.header_offset)
         name_length, extra_length = struct.unpack("<HH", header[26:30])
-        offset = info.header_offset + 30 + name_length + extra_length
+        offset = start + info.header_offset + 30 + name_length + extra_length
         if info.compress_type != zipfile.ZIP_STORED or offset + info.file_size > end:
             raise ConversionError(f"{path}: storage {name} is compressed or cut short")
         spans[name.removeprefix("data/")] = _Span(offset, info.file_size)
@@ -167,19 +232,20 @@ class PtFile:
         self.size = self._end + len(self._directory([0] * len(tensors)))
         """Size of the whole file."""
 
-    def finish(self, descriptor: int, checksums: Sequence[int]) -> None:
+    def finish(self, descriptor: int, checksums: Sequence[int], *, start: int = 0) -> None:
         """Write everything but the tensors.
 
         Args:
             descriptor: The open file.
             checksums: CRC-32 of each tensor's data, in the order of `offsets`.
+            start: Where in the file this one begins, if it is a part of it.
         """
         crcs = iter(checksums)
         for member in self._members:
             content = b"" if member.content is None else member.content
             crc = next(crcs) if member.content is None else zlib.crc32(content)
-            _write_all(descriptor, _local_header(member, crc) + content, member.offset)
-        _write_all(descriptor, self._directory(checksums), self._end)
+            _write_all(descriptor, _local_header(member, crc) + content, start + member.offset)
+        _write_all(descriptor, self._directory(checksums), start + self._end)
 
     def _add(self, name: str, size: int, content: bytes | None) -> None:
         encoded = f"{self._archive}/{name}".encode()

@@ -42,7 +42,7 @@ def read(path: Path) -> dict[str, Extent]:
         header = json.loads(text, object_pairs_hook=_unique)
         header.pop("__metadata__", None)
         found = {name: _extent(path, 8 + length, entry) for name, entry in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConversionError(f"{path}: its header is damaged ({error})") from None
     _check_spans(path, found, 8 + length, size)
     return found

@@ -6,10 +6,16 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ml_convert.plan import Checkpoint
 from ml_models.architecture import Architecture
 from ml_models.families.family import Family
+from ml_models.weights import Parameter, parameters
+
+if TYPE_CHECKING:
+    from ml_convert.lora import Adapter
+    from ml_convert.rank_files import RankFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,3 +34,14 @@ class Source:
     """Args of a Megatron checkpoint."""
     config: Mapping[str, object] = field(default_factory=dict)
     """config.json of a Hugging Face model."""
+    rank_files: RankFiles | None = None
+    """What the ranks of a Megatron checkpoint stored."""
+    merged: Adapter | None = None
+    """The adapter that is merged into the weights when they are read."""
+    adapter: Adapter | None = None
+    """The adapter whose tensors these are, and not the model's."""
+
+    @property
+    def table(self) -> tuple[Parameter, ...]:
+        """All parameters that the checkpoint stores."""
+        return parameters(self.arch) if self.adapter is None else self.adapter.table

@@ -11,11 +11,11 @@ from dataclasses import fields
 
 import numpy as np
 
+from ml_convert import padding
 from ml_convert.errors import ConversionError, VerificationError
-from ml_convert.execute import Advance, check_copies, converted_to, gather
+from ml_convert.execute import Advance, check_copies, converted_to, element, gather
 from ml_convert.files import Buffers, Files, for_each
-from ml_convert.layout import Rectangle
-from ml_convert.plan import Band, Checkpoint, Plan, overlapping
+from ml_convert.plan import Band, Plan
 from ml_convert.source import Source
 from ml_convert.tensor import Dtype
 
@@ -37,11 +37,15 @@ def check_description(source: Source, target: Source) -> None:
 def check_dtypes(plan: Plan, dtype: Dtype | None) -> None:
     """Check that the target is stored in this dtype, or without one in that of the source.
 
+    Parameters that are float32 in models of any dtype are not converted.
+
     Raises:
         VerificationError: Names the first parameter that is not.
     """
-    for name, stored in plan.source.dtypes.items():
-        expected, found = dtype or stored, plan.target.dtypes[name]
+    for parameter in plan.table:
+        name, stored = parameter.name, plan.source.dtypes[parameter.name]
+        expected = stored if parameter.float32 else dtype or stored
+        found = plan.target.dtypes[name]
         if found != expected:
             path = plan.target.extents[plan.target.primary[name][0].tensor].path
             raise VerificationError(f"{path}: {name} is {found.name}, not {expected.name}")
@@ -68,38 +72,13 @@ def check_content(plan: Plan, files: Files, *, workers: int, advance: Advance) -
         advance(data.nbytes)
 
     for_each(plan.bands(), compare_band, workers=workers)
-    _check_padding(plan.target, files)
+    padding.check(plan, files)
 
 
 def _difference(plan: Plan, band: Band, found: np.ndarray, expected: np.ndarray) -> str:
     row, byte = np.argwhere(found != expected)[0]
-    row, column = band.row + int(row), int(byte) // plan.target.dtypes[band.parameter].itemsize
-    here = _element(plan.target, band.parameter, row, column)
-    there = _element(plan.source, band.parameter, row, column)
+    itemsize = plan.target.dtypes[band.parameter].itemsize
+    row, column = band.row + int(row), band.column + int(byte) // itemsize
+    here = element(plan.target, band.parameter, row, column)
+    there = element(plan.source, band.parameter, row, column)
     return f"{here} differs from {there}"
-
-
-def _element(checkpoint: Checkpoint, parameter: str, row: int, column: int) -> str:
-    """Name the stored element that is (row, column) of a parameter."""
-    band = Band(parameter, row, 1, 0)
-    for rectangle, _, _ in overlapping(checkpoint.primary[parameter], band):
-        if 0 <= column - rectangle.parameter_column < rectangle.columns:
-            return _stored_element(checkpoint, rectangle, row, column)
-    raise AssertionError(f"{parameter} has no element ({row}, {column})")
-
-
-def _stored_element(checkpoint: Checkpoint, r: Rectangle, row: int, column: int) -> str:
-    stored, extent = checkpoint.layout.tensors[r.tensor], checkpoint.extents[r.tensor]
-    place = [r.row + row - r.parameter_row, column - r.parameter_column][: len(stored.shape)]
-    return f"{extent.path}: {stored.name}{place}"
-
-
-def _check_padding(checkpoint: Checkpoint, files: Files) -> None:
-    for stored, extent in zip(checkpoint.layout.tensors, checkpoint.extents, strict=True):
-        for row in range(stored.shape[0] - stored.padding, stored.shape[0]):
-            padding = np.empty(extent.row_bytes, np.uint8)
-            files.read(extent.path, extent.offset + row * extent.row_bytes, padding)
-            if padding.any():
-                raise VerificationError(
-                    f"{extent.path}: row {row} of {stored.name} is padding, but not zero"
-                )
