@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
+_TWO_FILES = ("-n", "2", "--dist", "loadfile")  # of tests at a time
 
 
 class Row(NamedTuple):
@@ -119,7 +120,7 @@ def install(name: str, environment: Path) -> set[str]:
     ours = [path.name for path in (ROOT / "packages").iterdir()]
     refresh = [word for package in ours for word in ("--refresh-package", package)]
     pinned = f"{name}{extra}=={project['version']}"
-    _uv("pip", "install", "--quiet", "--python", python, *refresh, pinned, "pytest")
+    _uv("pip", "install", "--quiet", "--python", python, *refresh, pinned, "pytest", "pytest-xdist")
     installed = environment.glob("lib/*/site-packages/ml_*.dist-info")
     return {path.name.partition("-")[0].replace("_", "-") for path in installed} & set(ours)
 
@@ -127,7 +128,13 @@ def install(name: str, environment: Path) -> set[str]:
 def run_tests(name: str, environment: Path, *, slow: bool) -> str:
     """Run the package's tests in its environment; return pytest's last line."""
     marks = [] if slow else ["-m", "not slow"]
-    command = [str(environment / "bin" / "pytest"), "-q", f"packages/{name}/tests", *marks]
+    command = [
+        str(environment / "bin" / "pytest"),
+        "-q",
+        *_TWO_FILES,
+        f"packages/{name}/tests",
+        *marks,
+    ]
     variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     variables["PATH"] = f"{environment / 'bin'}{os.pathsep}{variables['PATH']}"
     with subprocess.Popen(

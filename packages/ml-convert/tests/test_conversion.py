@@ -234,9 +234,7 @@ def test_progress_is_told_until_everything_is_done(tmp_path, make_hf):
         done[what] = done.get(what, 0) + nbytes
         totals[what] = total
 
-    request = Request(
-        load_dir=make_hf().path, save_dir=tmp_path / "mg", save_format="mcore"
-    )
+    request = Request(load_dir=make_hf().path, save_dir=tmp_path / "mg", save_format="mcore")
     convert(request, progress=progress)
     assert done == totals
     assert list(done) == ["converting", "hashing", "verifying"]

@@ -39,6 +39,8 @@ GPT_OSS = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "vocab_size": 11,
+    "rope_theta": 10000.0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }

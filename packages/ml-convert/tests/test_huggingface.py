@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ml_convert import ConversionError
+from ml_convert import ConversionError, Request, convert
 from ml_convert.huggingface import is_hugging_face, open_model
 
 
@@ -184,3 +184,43 @@ def test_the_family_may_be_forced(make_hf):
     assert open_model(hf.path, model_type="llama2").family.name == "llama"
     with pytest.raises(ConversionError, match=r"--model-type-hf gpt9: .*known: llama"):
         open_model(hf.path, model_type="gpt9")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": 0},
+        {"vocab_size": 10**30},
+        {"num_hidden_layers": 10**4},
+        {"num_hidden_layers": 10**10},
+        {"num_hidden_layers": 10**30},
+        {"model_type": "mixtral", "num_local_experts": 10**9, "num_experts_per_tok": 2},
+    ],
+)
+def test_sizes_that_no_file_can_have_are_refused_before_anything_is_made_of_them(make_hf, changes):
+    hf = make_hf()
+    (hf.path / "config.json").write_text(json.dumps({**hf.config, **changes}))
+    with pytest.raises(ConversionError, match=r"config.json: .* does not fit "):
+        open_hf(hf.path)
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_an_earlier_export_is_checked_against_its_manifest(make_hf, tmp_path, files):
+    hf, export = make_hf(), tmp_path / "export"
+    size = "5GB" if files == 1 else "10KB"
+    convert(Request(load_dir=hf.path, save_dir=export, save_format="hf", max_shard_size=size))
+    damaged = sorted(export.glob("*.safetensors"))[-1]
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+
+    def again(**options):
+        convert(Request(load_dir=export, save_dir=tmp_path / "out", save_format="mcore", **options))
+
+    with pytest.raises(ConversionError, match=rf"{damaged.name} is damaged: its sha256 .* remove"):
+        again()
+    assert not (tmp_path / "out").exists()
+    again(verify="none")
+    (export / "manifest.json").write_text("{}")
+    with pytest.raises(ConversionError, match=r"manifest.json is damaged.* remove it"):
+        again()

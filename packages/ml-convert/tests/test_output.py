@@ -40,15 +40,17 @@ def test_the_result_is_listed_in_a_manifest_with_sizes_and_digests(tmp_path, mak
         assert (root / name).stat().st_size == size
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
 @pytest.mark.parametrize("save_format", TARGETS)
-def test_files_and_directories_can_be_read_by_others(tmp_path, make_hf, save_format):
-    old = os.umask(0o022)
+def test_files_and_directories_can_be_read_as_umask_says(tmp_path, make_hf, save_format, mask):
+    old = os.umask(mask)
     try:
         convert(request(make_hf(), tmp_path, save_format))
     finally:
         os.umask(old)
     for path in (tmp_path / "out").rglob("*"):
-        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
+        allowed = 0o777 if path.is_dir() else 0o666
+        assert path.stat().st_mode & 0o777 == allowed & ~mask, path
 
 
 @pytest.mark.parametrize("save_format", TARGETS)
@@ -197,3 +199,37 @@ def test_an_error_in_the_middle_leaves_nothing_behind(tmp_path, make_hf):
         with pytest.raises(ConversionError, match=r"lm_head.weight should repeat model.embed_tok"):
             convert(request(hf, tmp_path, save_format))
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+@pytest.mark.parametrize("save_format", TARGETS)
+def test_overwrite_keeps_files_of_others(tmp_path, make_hf, save_format):
+    hf = make_hf()
+    root = convert(request(hf, tmp_path, save_format)).path
+    (root / "notes.txt").write_text("precious")
+    with pytest.raises(ConversionError, match=r"is not empty \(it holds notes.txt\)"):
+        convert(request(hf, tmp_path, save_format, overwrite=True))
+    assert (root / "notes.txt").read_text() == "precious"
+    (root / "notes.txt").unlink()
+    convert(request(hf, tmp_path, save_format, overwrite=True))
+
+
+@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize("save_format", TARGETS)
+def test_a_link_is_followed(tmp_path, make_hf, save_format, exists):
+    disk, hf = tmp_path / "big" / "disk", make_hf()
+    disk.parent.mkdir()
+    if exists:
+        disk.mkdir()
+    (tmp_path / "out").symlink_to(disk)
+    convert(request(hf, tmp_path, save_format))
+    assert (tmp_path / "out").is_symlink()
+    assert files_of(disk)
+    assert {path.name for path in tmp_path.iterdir()} == {"big", "out", hf.path.name}
+    assert {path.name for path in disk.parent.iterdir()} == {"disk"}
+
+
+def test_a_file_in_the_way_is_named(tmp_path, make_hf):
+    (tmp_path / "out").write_text("a file")
+    wanted = Request(load_dir=make_hf().path, save_dir=tmp_path / "out" / "x", save_format="hf")
+    with pytest.raises(NotADirectoryError, match=r"Not a directory: '.*out'$"):
+        convert(wanted)

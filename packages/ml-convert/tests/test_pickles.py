@@ -10,6 +10,7 @@ import pickle
 
 import pytest
 
+from ml_convert import pickles, torch_dist_metadata
 from ml_convert.errors import ConversionError
 from ml_convert.pickles import Opaque, TensorPickle, dump, load
 from ml_convert.tensor import DTYPES
@@ -175,3 +176,16 @@ def test_dumps_are_small_streams_of_protocol_2():
     content = dump({"a": 1})
     assert content[:2] == b"\x80\x02"
     assert pickle.load(io.BytesIO(content)) == {"a": 1}
+
+
+@pytest.mark.parametrize("known", [pickles._KNOWN, torch_dist_metadata._KNOWN])
+def test_a_pickle_cannot_change_what_it_names(known):
+    text = "X\6\0\0\0marked\x88"
+    states = [f"}}{text}s", f"(N}}{text}st"]  # of attributes, and of attributes to be set
+    for (module, name), value in known.items():
+        for state in states:
+            program = f"\x80\2c{module}\n{name}\n{state}b.".encode("latin-1")
+            with pytest.raises(ConversionError):
+                load(program, "x", known=known)
+            assert not hasattr(value, "marked"), (module, name)
+    assert not hasattr(argparse.Namespace, "marked")

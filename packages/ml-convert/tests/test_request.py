@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ml_convert import ConversionError, Request
+from ml_convert import ConversionError, Request, convert
 from ml_models.architecture import Architecture
 
 PATHS = {"load_dir": Path("in"), "save_dir": Path("out"), "save_format": "mcore"}
@@ -129,3 +129,10 @@ def test_values_that_cannot_be_are_refused_by_flag(changes, message):
 def test_layouts_the_model_does_not_allow_are_refused_with_the_valid_ones(changes, message):
     with pytest.raises(ConversionError, match=message):
         Request(**{**PATHS, **changes}).stages(llama())
+
+
+def test_paths_may_be_strings(make_hf, tmp_path):
+    source, target = str(make_hf().path), str(tmp_path / "out")
+    found = Request(load_dir=source, save_dir=target, save_format="hf", hf_config=source)
+    assert found.hf_config == found.load_dir == Path(source)
+    assert convert(found).path == Path(target)

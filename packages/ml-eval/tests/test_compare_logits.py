@@ -86,3 +86,22 @@ def test_there_must_be_two_kinds_of_models(hf, megatron, tmp_path):
     ):
         convert(replace(request, load_dir=megatron, save_format="mcore"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_list_that_is_as_long_as_there_are_layers_is_no_list_of_layers(tmp_path):
+    config = transformers.Phi3Config(
+        hidden_size=48,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        vocab_size=99,
+        max_position_embeddings=256,
+        original_max_position_embeddings=64,
+        rope_scaling={"rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6},
+        initializer_range=0.2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path)
+    ours = Request(load_dir=tmp_path, save_dir=tmp_path, save_format="hf")
+    assert compare(ours, tmp_path).startswith("logits of 128 tokens after 4 layers differ by ")

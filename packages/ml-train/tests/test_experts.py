@@ -17,7 +17,7 @@ from training_job import DIST, PP2, TP2, UNTIED, Job, Rank, assemble
 from ml_models.dropout import Dropout
 from ml_parallel.testing import run_ranks
 from ml_parallel.topology import Topology
-from ml_train.config import Adam
+from ml_train.config import Adam, _check_experts
 
 EP2, SP = {"expert_model_parallel_size": 2}, {"sequence_parallel": True}
 LAYOUTS = {
@@ -285,3 +285,11 @@ def test_experts_without_a_token_hold_nobody_up():
     for found in run_ranks(losses_of_two_experts, 4, Job(topology=dealt, arch=DEEPSEEK)):
         for step, reference in zip(found, expected, strict=True):
             assert step == pytest.approx(reference, rel=1e-5)
+
+
+@pytest.mark.parametrize("how", [{}, {"moe_router_pre_softmax": True, "norm_topk_prob": True}])
+def test_a_router_that_could_not_learn_is_refused(how):
+    arch = dataclasses.replace(GATED, moe_router_topk=1, **{"moe_router_pre_softmax": False} | how)
+    with pytest.raises(ValueError, match="--moe-router-topk 1: the weight of a single expert"):
+        _check_experts(arch, Topology())
+    _check_experts(dataclasses.replace(GATED, moe_router_topk=1), Topology())

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ml_convert.errors import ConversionError, VerificationError
     from ml_convert.report import Report
     from ml_convert.request import Request
-    from ml_convert.streaming import tensors, torch_tensors
+    from ml_convert.streaming import tensors
 
 __all__ = [
     "ConversionError",
@@ -26,7 +26,6 @@ __all__ = [
     "VerificationError",
     "convert",
     "tensors",
-    "torch_tensors",
 ]
 
 _MODULES = {
@@ -36,7 +35,6 @@ _MODULES = {
     "VerificationError": "errors",
     "convert": "conversion",
     "tensors": "streaming",
-    "torch_tensors": "streaming",
 }
 
 

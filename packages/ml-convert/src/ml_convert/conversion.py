@@ -109,8 +109,9 @@ def _write(
         Its final directory, and how many elements another dtype has changed.
     """
     plan_digest = journal.digest(request, source, target)
+    save_dir = request.save_dir.resolve() if request.save_dir.is_symlink() else request.save_dir
     with output.writing(
-        request.save_dir, save_format=request.save_format, plan=plan_digest, resume=request.resume
+        save_dir, save_format=request.save_format, plan=plan_digest, resume=request.resume
     ) as draft:
         rounded = _copy(request, source, target, draft, progress)
         if request.save_format == "hf" and source.adapter is None:

@@ -85,12 +85,12 @@ class Files:
 
     def _open(self, path: Path, flags: int) -> int:
         try:
-            return os.open(path, flags | os.O_CLOEXEC, 0o644)
+            return os.open(path, flags | os.O_CLOEXEC, 0o666)
         except OSError as error:
             if error.errno != errno.EMFILE:
                 raise
         _allow_more_open_files()
-        return os.open(path, flags | os.O_CLOEXEC, 0o644)
+        return os.open(path, flags | os.O_CLOEXEC, 0o666)
 
 
 def _allocate(descriptor: int, size: int) -> None:

@@ -11,7 +11,8 @@ Weights in `pytorch_model.bin` files are read, too. No code of a model is ever e
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from ml_models.architecture import Architecture
 from ml_models.families.family import Family, HfTensor, Piece
 from ml_models.families.rules import Same
 from ml_models.weights import EMBEDDING, OUTPUT_LAYER
+from ml_parallel.manifest import MANIFEST, CheckpointError, read_manifest, sha256
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_MOST_LAYERS = 100_000
 _WEIGHTS = (INDEX, SINGLE, "pytorch_model.bin.index.json", "pytorch_model.bin")
 
 
@@ -130,6 +133,10 @@ def describe(
     Raises:
         ConversionError: The family is unknown, or cannot represent the model.
     """
+    for name in ("num_hidden_layers", "num_layers", "n_layer"):  # lists of this length are made
+        value = config.get(name)
+        if isinstance(value, int) and value > _MOST_LAYERS:
+            raise ConversionError(f"{directory / CONFIG}: {name} {value} does not fit any model")
     try:
         found = family(model_type) if model_type else registry.family_for(config)
         return found, found.from_hf(config)
@@ -139,8 +146,13 @@ def describe(
         raise ConversionError(f"{directory}: {error}") from None
 
 
-def open_model(directory: Path, *, model_type: str | None) -> Source:
+def open_model(directory: Path, *, model_type: str | None, hashes: bool = False) -> Source:
     """Open a model.
+
+    Args:
+        directory: Holds config.json.
+        model_type: Its family; None to look at config.json.
+        hashes: Check the weights against the manifest of ml-convert, if there is one.
 
     Raises:
         ConversionError: It is damaged, incomplete, or of a kind that is not supported.
@@ -154,6 +166,9 @@ def open_model(directory: Path, *, model_type: str | None) -> Source:
         if not known.ignores(name)
     }
     files = {name: file for file, name in found}
+    _check_sizes(directory, arch, found.values())
+    if hashes:
+        _check_hashes(directory, set(files.values()))
     if arch.untie_embeddings_and_output_weights and output_layer(known) not in files:
         raise ConversionError(
             f"{directory}: has no {output_layer(known)}, though its {CONFIG} does not say "
@@ -166,6 +181,38 @@ def open_model(directory: Path, *, model_type: str | None) -> Source:
         checkpoint=bind(layout(known, arch, files), found, directory),
         config=config,
     )
+
+
+def _check_sizes(directory: Path, arch: Architecture, extents: Collection[Extent]) -> None:
+    """Check config.json for sizes that ask for more parameters than there can be.
+
+    The list of all parameters would be as long.
+    """
+    elements = sum(math.prod(extent.shape) for extent in extents)
+    for name, size, most in (
+        ("vocabulary", arch.vocab_size, elements),
+        ("number of layers", arch.num_layers, len(extents)),
+        ("number of experts", arch.num_layers * (arch.num_experts or 1), elements),
+    ):
+        if not 0 < size <= most:
+            raise ConversionError(
+                f"{directory / CONFIG}: its {name} does not fit {len(extents)} tensors with "
+                f"{elements:,} elements"
+            )
+
+
+def _check_hashes(directory: Path, files: Collection[str]) -> None:
+    """Check weights against the manifest that ml-convert wrote beside them, if it did."""
+    try:
+        manifest = read_manifest(directory)
+    except CheckpointError as error:
+        raise ConversionError(f"{error}; if it was changed on purpose, remove it") from None
+    for entry in manifest.files if manifest is not None else ():
+        if entry.path.name in files and sha256(entry.path) != entry.sha256:
+            raise ConversionError(
+                f"{entry.path} is damaged: its sha256 is not that in {MANIFEST}; if it was "
+                f"changed on purpose, remove {MANIFEST}"
+            )
 
 
 def _read_weights(directory: Path) -> dict[str, dict[str, Extent]]:

@@ -30,7 +30,11 @@ def _open(request: Request) -> Source:
     found = _format(request)
     if found in output.MEGATRON_FORMATS:
         return _open_megatron(request)
-    source = huggingface.open_model(request.load_dir, model_type=request.model_type_hf)
+    source = huggingface.open_model(
+        request.load_dir,
+        model_type=request.model_type_hf,
+        hashes=request.compares_bits or request.verify_only,
+    )
     if request.true_vocab_size not in (None, source.arch.vocab_size):
         raise ConversionError(
             f"--true-vocab-size {request.true_vocab_size}: {request.load_dir} says "

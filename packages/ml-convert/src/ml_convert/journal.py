@@ -75,7 +75,7 @@ class Journal:
 
     def _append(self, content: Mapping[str, object]) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        descriptor = os.open(self._path, flags, 0o644)
+        descriptor = os.open(self._path, flags, 0o666)
         try:
             os.write(descriptor, json.dumps(content).encode() + b"\n")
             os.fsync(descriptor)

@@ -7,6 +7,7 @@ next run removes what is, or goes on with it.
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from ml_convert.errors import ConversionError
 from ml_convert.journal import Journal
 from ml_parallel import checkpoint, durable
 from ml_parallel.checkpoint import TRACKER, CheckpointError, FileEntry
-from ml_parallel.manifest import read_manifest, write_manifest
+from ml_parallel.manifest import MANIFEST, read_manifest, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -35,34 +36,43 @@ def check_writable(save_dir: Path, *, save_format: str, overwrite: bool) -> None
 
     Raises:
         ConversionError: It is no directory, or not empty.
+        NotADirectoryError: It would lie in a file.
     """
-    if not save_dir.exists():
+    existing = next(path for path in (save_dir, *save_dir.parents) if path.exists())
+    if existing != save_dir:
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(existing))
         return
     if not save_dir.is_dir():
         raise ConversionError(f"--save-dir {save_dir}: is a file")
     content = [path.name for path in save_dir.iterdir() if not durable.temporary(path)]
     if not content:
         return
-    if not _is_ours(save_dir, content, save_format):
-        raise ConversionError(f"--save-dir {save_dir}: is not empty (it holds {min(content)})")
+    foreign = _not_ours(save_dir, content, save_format)
+    if foreign:
+        raise ConversionError(f"--save-dir {save_dir}: is not empty (it holds {min(foreign)})")
     if not overwrite:
         raise ConversionError(
             f"--save-dir {save_dir}: holds an earlier output; replace it with --overwrite"
         )
 
 
-def _is_ours(save_dir: Path, content: list[str], save_format: str) -> bool:
-    """Tell whether a directory holds nothing but what this tool wrote in the same format."""
+def _not_ours(save_dir: Path, content: list[str], save_format: str) -> set[str]:
+    """List what is in a directory besides one output of this tool in the same format."""
     directory = save_dir
     if save_format in MEGATRON_FORMATS:
         if not set(content) <= {RELEASE, TRACKER}:
-            return False
+            return set(content) - {RELEASE, TRACKER}
         directory = save_dir / RELEASE
     try:
         manifest = read_manifest(directory)
     except CheckpointError:
-        return False
-    return manifest is not None and manifest.metadata.get("tool") == TOOL
+        return set(content)
+    if manifest is None or manifest.metadata.get("tool") != TOOL:
+        return set(content)
+    ours = {MANIFEST, *(entry.path.relative_to(directory).as_posix() for entry in manifest.files)}
+    files = (path for path in directory.rglob("*") if not path.is_dir())
+    return {path.relative_to(directory).as_posix() for path in files} - ours
 
 
 class Draft:

@@ -97,7 +97,8 @@ def refusing_unknown_names() -> Iterator[None]:
 
 
 Known = Mapping[tuple[str, str], Any]
-"""What names stand for, by module and name; every value must be harmless to call."""
+"""What names stand for, by module and name: each a `Function`, or a class that is harmless to call
+and has a `__setstate__`, without which a pickle could change the class itself."""
 
 
 def load(content: bytes, where: str, *, known: Known | None = None) -> Any:
@@ -122,6 +123,30 @@ def load(content: bytes, where: str, *, known: Known | None = None) -> Any:
         raise ConversionError(f"{where}: {error}") from None
     except Exception as error:  # a damaged pickle can fail in any way
         raise ConversionError(f"{where}: its pickle is damaged ({error!r})") from None
+
+
+class Function:
+    """A function that pickles may call; unlike Python's own kind, they cannot change it."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        """Take the function, which must be harmless whatever it is called with."""
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        """Call it."""
+        return self._function(*args)
+
+    def __setstate__(self, _state: Any) -> None:
+        raise ConversionError("it changes a function")
+
+
+class _Namespace(argparse.Namespace):
+    """What is read for `argparse.Namespace`, which a pickle could change for the whole process."""
+
+    def __setstate__(self, state: Any) -> None:
+        vars(self).update(state)
 
 
 class _Storage(NamedTuple):
@@ -172,6 +197,7 @@ class _InertUnpickler(pickle.Unpickler):
         return _Storage(storage_type, str(key), int(numel))
 
 
+@Function
 def _rebuild_tensor(
     storage: Any, offset: Any, shape: Any, stride: Any, *_ignored: Any
 ) -> TensorPickle:
@@ -183,10 +209,12 @@ def _rebuild_tensor(
     return found
 
 
+@Function
 def _rebuild_parameter(data: Any, *_ignored: Any) -> Any:
     return data
 
 
+@Function
 def _rebuild_from_type(function: Any, _type: Any, arguments: Any, _state: Any) -> Any:
     known = function in (_rebuild_tensor, _rebuild_parameter)
     return function(*arguments) if known else Opaque(function, arguments)
@@ -202,7 +230,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 _KNOWN: Mapping[tuple[str, str], Any] = {
-    ("argparse", "Namespace"): argparse.Namespace,
+    ("argparse", "Namespace"): _Namespace,
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,

@@ -124,6 +124,9 @@ class Request:
     """Threads; 0 = as many as there are cores, at most 8."""
 
     def __post_init__(self) -> None:
+        for name in ("load_dir", "save_dir", "hf_config", "lora_load"):
+            if isinstance(getattr(self, name), str):  # a caller without a type checker
+                object.__setattr__(self, name, Path(getattr(self, name)))
         self._check_numbers()
         if self.save_format == "hf":
             self._check_not_cut()

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -24,9 +24,6 @@ from ml_convert.plan import Checkpoint, Plan, overlapping, plan
 from ml_convert.request import Request
 from ml_convert.target import family_of
 from ml_convert.tensor import Dtype, Extent
-
-if TYPE_CHECKING:
-    import torch
 
 _MEMORY = Path("(memory)")
 
@@ -47,17 +44,6 @@ def tensors(load_dir: str | Path, **options: Any) -> Iterator[tuple[str, np.ndar
     """
     for name, dtype, array in _tensors(load_dir, options):
         yield name, array.view(np.uint16 if dtype.name == "bfloat16" else dtype.name)
-
-
-def torch_tensors(load_dir: str | Path, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Read a checkpoint as `tensors` does, but give torch's tensors."""
-    import torch
-
-    for name, dtype, array in _tensors(load_dir, options):
-        yield (
-            name,
-            torch.from_numpy(array.view(f"i{dtype.itemsize}")).view(getattr(torch, dtype.name)),
-        )
 
 
 def _tensors(load_dir: str | Path, options: Any) -> Iterator[tuple[str, Dtype, np.ndarray]]:

@@ -105,6 +105,7 @@ class _Info(_Record):
     """A part of a file."""
 
 
+@pickles.Function
 def _size(values: Iterable[Any] = ()) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
 

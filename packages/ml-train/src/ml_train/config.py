@@ -362,6 +362,12 @@ def _check_experts(model: Architecture, parallel: Topology) -> None:
             )
         return
     expert_range(model, ep_rank=0, ep_size=size)
+    scores_first = model.moe_router_pre_softmax or model.moe_router_score_function == "sigmoid"
+    if model.moe_router_topk == 1 and (model.norm_topk_prob or not scores_first):
+        raise ValueError(
+            "--moe-router-topk 1: the weight of a single expert is always 1, and the router would "
+            "learn nothing from the loss; give --moe-router-pre-softmax, and no --norm-topk-prob"
+        )
     tp = parallel.tensor_model_parallel_size
     if tp > 1 and not parallel.sequence_parallel:
         raise ValueError(

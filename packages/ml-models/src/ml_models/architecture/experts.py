@@ -149,7 +149,7 @@ class Experts:
 def _shortest(marked: tuple[bool, ...], dense: int) -> dict[str, object]:
     """Say with fewer numbers which layers have experts, so that equal models are equal."""
     chosen = tuple(mark and layer >= dense for layer, mark in enumerate(marked))
-    first = chosen.index(True) if any(chosen) else 0
+    first = chosen.index(True) if any(chosen) else len(chosen)
     if all(chosen[first:]):
         return {"first_k_dense_replace": first, "moe_layer_freq": (1,)}
     for n in range(2, len(chosen) + 1):

@@ -19,6 +19,9 @@ DEEPSEEK_V3 = Family(
     architectures=("DeepseekV3ForCausalLM",),
     config=(
         *CONFIG,
+        Value("max_position_embeddings", "max_position_embeddings", default=4096),
+        Value("first_k_dense_replace", "first_k_dense_replace", default=3),
+        Value("routed_scaling_factor", "routed_scaling_factor", float, default=2.5),
         Value("n_group", "moe_router_num_groups", default=8),
         Value("topk_group", "moe_router_group_topk", default=4),
         Value("norm_topk_prob", "norm_topk_prob", bool, default=True),

@@ -60,6 +60,7 @@ RULES: tuple[Rule, ...] = (
 
 _CONFIG: tuple[Entry, ...] = (
     *COMMON,
+    Value("num_key_value_heads", "num_query_groups", default=4),
     Value("max_position_embeddings", "max_position_embeddings", default=8192),
     Rope(),
     Windows(4096),

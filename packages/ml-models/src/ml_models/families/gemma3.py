@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from ml_models.architecture import Architecture
 from ml_models.families import decoder
 from ml_models.families.config_json import Config, number
-from ml_models.families.entries import Always, Custom, Entry, Fields, Value
+from ml_models.families.entries import Always, Custom, Entry, Fields, Must, Value
 from ml_models.families.family import Family
 from ml_models.families.gemma import COMMON
 from ml_models.families.gemma2 import ACTIVATION, RULES, SCALE
@@ -54,11 +54,12 @@ def _write_rope(arch: Architecture) -> Fields:
 
 _CONFIG: tuple[Entry, ...] = (
     *COMMON,
+    Value("num_key_value_heads", "num_query_groups", default=4),
     Value("max_position_embeddings", "max_position_embeddings", default=131072),
     Custom(_read_rope, _write_rope),
     Windows(4096, every=6, every_key="sliding_window_pattern"),
     SCALE,
-    Value("attn_logit_softcapping", "attn_logit_softcapping", float, default=None),
+    Must("attn_logit_softcapping", written=False),  # transformers has the key, and ignores it
     Value("final_logit_softcapping", "final_logit_softcapping", float, default=None),
     ACTIVATION,
     Always(post_norm=True, qk_layernorm=True),

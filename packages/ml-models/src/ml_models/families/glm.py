@@ -14,6 +14,7 @@ from ml_models.families.rules import Rule
 
 CONFIG: tuple[Entry, ...] = (
     *decoder.LLAMA_LIKE,
+    Value("max_position_embeddings", "max_position_embeddings", default=131072),
     Value("rms_norm_eps", "norm_epsilon", float, default=1.5625e-07),
     Value("num_key_value_heads", "num_query_groups", default=2),
     Value("head_dim", "kv_channels", default=128),

@@ -6,9 +6,11 @@ turn. The published files are quantized to MXFP4, which is refused: transformers
 
 from __future__ import annotations
 
+from ml_models.architecture import Architecture
 from ml_models.families import decoder
+from ml_models.families.config_json import Config
 from ml_models.families.decoder import ATTENTION, HF_LAYER, MLP
-from ml_models.families.entries import Always, Entry, Must, Value
+from ml_models.families.entries import Always, Custom, Entry, Fields, Must, Value
 from ml_models.families.experts import BALANCE, EXPERT
 from ml_models.families.family import Family
 from ml_models.families.quantization import Unquantized
@@ -19,13 +21,26 @@ from ml_models.families.windows import Windows
 _HF_EXPERTS = f"{HF_LAYER}.mlp.experts"
 _STACKED = {"weight": "", "bias": "_bias"}
 
+
+def _read_scaling(config: Config) -> Fields:
+    """Missing, it means YaRN to some versions of transformers, and null means nothing to others."""
+    if not config.get("rope_scaling") and not config.get("rope_parameters"):
+        raise ValueError("config.json: rope_scaling (or rope_parameters) is missing")
+    return {}
+
+
+def _write_nothing(arch: Architecture) -> Fields:  # noqa: ARG001
+    return {}
+
+
 _CONFIG: tuple[Entry, ...] = (
     *decoder.SIZES,
     Value("max_position_embeddings", "max_position_embeddings", default=131072),
-    decoder.GROUPS,
+    Value("num_key_value_heads", "num_query_groups", default=8),
     Value("head_dim", "kv_channels", default=64),
     Value("rms_norm_eps", "norm_epsilon", float, default=1e-5),
     decoder.UNTIED,
+    Custom(_read_scaling, _write_nothing),
     Rope(default_base=150_000.0),
     Windows(128),
     Value("num_local_experts", "num_experts", also=("num_experts",)),

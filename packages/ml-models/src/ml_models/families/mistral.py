@@ -32,6 +32,7 @@ MISTRAL = Family(
     architectures=("MistralForCausalLM",),
     config=(
         *decoder.LLAMA_LIKE,
+        Value("max_position_embeddings", "max_position_embeddings", default=131072),
         Value("num_key_value_heads", "num_query_groups", default=8),
         decoder.HEAD_DIM,
         Rope(),

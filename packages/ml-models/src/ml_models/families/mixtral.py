@@ -19,7 +19,7 @@ MIXTRAL = Family(
     config=(
         *decoder.LLAMA_LIKE,
         Value("max_position_embeddings", "max_position_embeddings", default=131072),
-        decoder.GROUPS,
+        Value("num_key_value_heads", "num_query_groups", default=8),
         decoder.HEAD_DIM,
         Value("rms_norm_eps", "norm_epsilon", float, default=1e-5),
         Rope(default_base=1_000_000.0),

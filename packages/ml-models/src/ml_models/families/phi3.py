@@ -31,10 +31,11 @@ PHI3 = Family(
     architectures=("Phi3ForCausalLM",),
     config=(
         *decoder.LLAMA_LIKE,
+        Value("max_position_embeddings", "max_position_embeddings", default=4096),
         Value("rms_norm_eps", "norm_epsilon", float, default=1e-5),
         decoder.GROUPS,
         Custom(_check_scaling, lambda _arch: {}),
-        Rope(),
+        Rope(default_percent=1.0),
         Value("sliding_window", "sliding_window", default=None),
         *(Must(key, 0.0) for key in ("resid_pdrop", "embd_pdrop")),
         decoder.NO_BIASES,

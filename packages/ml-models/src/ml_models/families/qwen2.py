@@ -6,7 +6,7 @@ from ml_models.architecture import Architecture
 from ml_models.families import decoder
 from ml_models.families.config_json import Config, value_of
 from ml_models.families.decoder import shape, size
-from ml_models.families.entries import Always, Custom, Entry, Fields
+from ml_models.families.entries import Always, Custom, Entry, Fields, Value
 from ml_models.families.family import Family
 from ml_models.families.rope import Rope
 from ml_models.families.windows import Windows
@@ -34,6 +34,7 @@ def _write_windows(arch: Architecture) -> Fields:
 
 
 _WINDOWS = Windows(4096)
+LENGTH = Value("max_position_embeddings", "max_position_embeddings", default=32768)
 WINDOWS: tuple[Entry, ...] = (Custom(_read_windows, _write_windows),)
 
 _SMALL = {"vocab_size": 151936, "max_position_embeddings": 32768, "rope_theta": 1e6}
@@ -53,6 +54,7 @@ QWEN2 = Family(
     architectures=("Qwen2ForCausalLM",),
     config=(
         *decoder.LLAMA_LIKE,
+        LENGTH,
         decoder.GROUPS,
         Rope(),
         *WINDOWS,

@@ -23,6 +23,7 @@ QWEN3 = Family(
     architectures=("Qwen3ForCausalLM",),
     config=(
         *decoder.LLAMA_LIKE,
+        qwen2.LENGTH,
         decoder.GROUPS,
         Value("head_dim", "kv_channels", default=128),
         Rope(),

@@ -34,7 +34,7 @@ def _write_dense_layers(arch: Architecture) -> Fields:
 _CONFIG: tuple[Entry, ...] = (
     *decoder.LLAMA_LIKE,
     Value("max_position_embeddings", "max_position_embeddings", default=32768),
-    decoder.GROUPS,
+    Value("num_key_value_heads", "num_query_groups", default=4),
     decoder.HEAD_DIM,
     Rope(),
     # transformers 5 writes the second name, transformers 4 reads the first.

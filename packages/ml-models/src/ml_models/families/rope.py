@@ -47,8 +47,8 @@ class Rope:
 
     default_base: float | None = 10000.0
     """What a missing base means; None: it must be there."""
-    default_percent: float = 1.0
-    """What a missing share of channels means."""
+    default_percent: float | None = None
+    """What a missing share of channels means; None: all turn, whatever transformers finds there."""
     latent: bool = False
     """The share of channels is that of latent attention, and is not written."""
 
@@ -60,8 +60,7 @@ class Rope:
         """Read one set of rotary positions of a model."""
         fields: Fields = {"rotary_base": self._base(section)}
         if not self.latent:
-            percent = number(section, "partial_rotary_factor", self.default_percent)
-            fields["rotary_percent"] = percent
+            fields["rotary_percent"] = self._percent(section)
         kind = section.get("rope_type", section.get("type", "default"))
         kind = "longrope" if kind == "su" else kind
         if kind not in _TYPES:
@@ -90,12 +89,12 @@ class Rope:
         """Write the rotary positions of a model as one object."""
         kind = arch.rope_scaling_type or "default"
         section: dict[str, Any] = {"rope_type": kind, "rope_theta": arch.rotary_base}
-        if not self.latent and arch.rotary_percent != self.default_percent:
+        if self.default_percent not in (None, arch.rotary_percent):
             section["partial_rotary_factor"] = arch.rotary_percent
         for key, field in _NUMBERS.get(kind, {}).items():
             if getattr(arch, field) is not None:
                 section[key] = getattr(arch, field)
-        if kind in _WITH_ORIGINAL:
+        if kind in _WITH_ORIGINAL and kind != "dynamic":
             section[_ORIGINAL] = arch.original_max_position_embeddings
         if kind == "yarn":
             section |= _yarn_section(arch)
@@ -103,6 +102,13 @@ class Rope:
             section["short_factor"] = list(arch.rope_scaling_short_factors or ())
             section["long_factor"] = list(arch.rope_scaling_long_factors or ())
         return section
+
+    def _percent(self, section: Mapping[str, Any]) -> float:
+        """Read the share of channels; most classes of transformers turn all without looking."""
+        if self.default_percent is None:
+            must_be(section, "partial_rotary_factor", 1.0)
+            return 1.0
+        return number(section, "partial_rotary_factor", self.default_percent)
 
     def _base(self, section: Mapping[str, Any]) -> float:
         if section.get("rope_theta") is None and self.default_base is None:
@@ -142,6 +148,8 @@ def _read_scaling(kind: str, config: Config, section: Mapping[str, Any]) -> Fiel
             fields[field] = number(section, key, 0.0)
     if kind in _WITH_ORIGINAL:
         longest = config.get("max_position_embeddings")
+        if kind == "dynamic":  # transformers knows no other length for it
+            must_be(section, _ORIGINAL, longest)
         original = section if section.get(_ORIGINAL) is not None else {_ORIGINAL: longest}
         fields[_ORIGINAL] = int(value_of(original, _ORIGINAL, float))
         if "rope_scaling_factor" not in fields and isinstance(longest, int):

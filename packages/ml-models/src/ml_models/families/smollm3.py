@@ -44,6 +44,7 @@ SMOLLM3 = Family(
     architectures=("SmolLM3ForCausalLM",),
     config=(
         *decoder.LLAMA_LIKE,
+        Value("max_position_embeddings", "max_position_embeddings", default=32768),
         Not("tie_word_embeddings", "untie_embeddings_and_output_weights", default=True),
         Value("num_key_value_heads", "num_query_groups", default=4),
         Rope(default_base=2e6),
