@@ -106,11 +106,11 @@ def read_part(file: IO[bytes], path: Path, start: int, length: int) -> Saved:
     except ConversionError:
         raise
     except _DAMAGED as error:
-        raise ConversionError(f"{path}: torn, or no file of torch.save ({error})") from None
+        raise ConversionError(f"{path}: torn, or no file of torch.save since 1.6 ({error})") from None
     except OSError as error:
         if error.errno != errno.EINVAL:  # a place before the beginning
             raise
-        raise ConversionError(f"{path}: torn, or no file of torch.save") from None
+        raise ConversionError(f"{path}: torn, or no file of torch.save since 1.6") from None
     return Saved(path, pickles.load(content, str(path)), spans)
 
 
