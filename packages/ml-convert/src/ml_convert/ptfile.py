@@ -106,7 +106,8 @@ def read_part(file: IO[bytes], path: Path, start: int, length: int) -> Saved:
     except ConversionError:
         raise
     except _DAMAGED as error:
-        raise ConversionError(f"{path}: torn, or no file of torch.save since 1.6 ({error})") from None
+        reason = f"{path}: torn, or no file of torch.save since 1.6 ({error})"
+        raise ConversionError(reason) from None
     except OSError as error:
         if error.errno != errno.EINVAL:  # a place before the beginning
             raise
