@@ -185,7 +185,7 @@ def unsupported(path: Path) -> None:
 def scaled(path: Path) -> None:
     config = json.loads((path / "config.json").read_text())
     del config["rope_parameters"]
-    config["rope_scaling"] = {"rope_type": "yarn", "factor": 4.0}
+    config["rope_scaling"] = {"rope_type": "axial", "factor": 4.0}
     (path / "config.json").write_text(json.dumps(config))
 
 
@@ -200,7 +200,7 @@ def torn(path: Path) -> None:
         (None, ["--load-dir", "missing"], "--load-dir missing: no such directory"),
         (empty, [], "--load-dir .*: holds neither a Hugging Face model .* nor Megatron"),
         (unsupported, [], "model_type 'mamba' .* belongs to no known family"),
-        (scaled, [], "rope_scaling asks for rotary positions of type 'yarn'"),
+        (scaled, [], "rotary positions of type 'axial' are not supported"),
         (torn, [], r"model.safetensors: torn"),
         (None, ["--tokenizer-model", "missing"], "tokenizer missing: no such file or directory"),
         (None, ["--prompt", "x z " * 50], "leave no room for another one"),
