@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -56,3 +58,38 @@ def test_a_free_port_can_be_bound():
 
     with socket.socket() as server:
         server.bind(("127.0.0.1", free_port()))
+
+
+LEFT_BEHIND = """
+import tempfile
+
+import torch
+
+from ml_parallel import platform
+from ml_parallel.groups import initialize_groups
+from ml_parallel.testing import run_ranks
+from ml_parallel.topology import Topology
+
+platform.activate("cpu")
+from megatron.core import parallel_state
+
+store = torch.distributed.FileStore(tempfile.mkdtemp() + "/store", 1)
+torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+initialize_groups(Topology(), num_chunks=1)
+parallel_state.destroy_model_parallel()  # forgets most groups, but not all
+torch.distributed.destroy_process_group()
+
+
+def job():
+    return initialize_groups(Topology(), num_chunks=1).tp_rank
+
+
+print(run_ranks(job, 1, timeout=20.0))
+"""
+
+
+def test_groups_that_the_parent_process_left_behind_do_not_stop_a_rank():
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_BEHIND], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout == "[0]\n", done.stderr

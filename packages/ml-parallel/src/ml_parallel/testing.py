@@ -82,6 +82,16 @@ def run_ranks(
                 rank_.results.close()
 
 
+def _inherited_groups() -> dict[str, Any]:
+    """Return the process groups that megatron-core had in the parent process.
+
+    Replacing one would destroy it, which waits for its threads: a fork has none of them.
+    """
+    from megatron.core import parallel_state
+
+    return dict(vars(parallel_state))
+
+
 def _run_rank(
     send: Connection,
     function: Callable[..., Any],
@@ -96,6 +106,7 @@ def _run_rank(
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in names.items()})
     torch.set_num_threads(1)
+    inherited = _inherited_groups()  # noqa: F841  # alive until the process ends
     try:
         platform.activate("cpu")
         path = str(Path(folder) / "store")
