@@ -9,6 +9,7 @@ bias of a module follow the same rule.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -32,7 +33,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(ABC):
     """Where the rows of one Megatron-Core module come from."""
 
     module: str
@@ -42,9 +43,9 @@ class Rule:
     transposed: bool = field(default=False, kw_only=True)
     """Hugging Face stores matrices as (input features, output features)."""
 
+    @abstractmethod
     def parts(self, arch: Architecture, parameter: Parameter) -> Iterator[Part]:
         """List the rows of a parameter of the module from first to last."""
-        raise NotImplementedError
 
     def hf_name(self, hf_module: str, parameter: Parameter) -> str:
         """Give the name of a Hugging Face tensor."""
