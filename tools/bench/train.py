@@ -223,8 +223,8 @@ def table(job: Job, sides: Sequence[Side], peak: float) -> Iterator[str]:
         middle, best = statistics.median(side.seconds), min(side.seconds)
         yield (
             f"| {side.name} | {job.tokens / middle:,.0f} | {baseline / middle:.2f} "
-            f"| {job.flops / middle / peak:.2f} | {job.tokens / best:,.0f} "
-            f"| {job.flops / best / peak:.2f} | {max(side.peak_rss) / 2**30:.1f} GiB |"
+            f"| {job.flops / middle / peak:.2g} | {job.tokens / best:,.0f} "
+            f"| {job.flops / best / peak:.2g} | {max(side.peak_rss) / 2**30:.1f} GiB |"
         )
     yield ""
     yield (
