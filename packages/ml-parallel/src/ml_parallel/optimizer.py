@@ -24,6 +24,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.grad_scaler import MegatronGradScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ml_parallel.accumulation import accumulate_in_blocks
 from ml_parallel.topology import Topology
 
 STATES = ("exp_avg", "exp_avg_sq")
@@ -58,7 +59,7 @@ def distribute(
         use_distributed_optimizer=topology.use_distributed_optimizer,
         num_distributed_optimizer_instances=topology.num_distributed_optimizer_instances,
     )
-    return [
+    chunks = [
         DistributedDataParallel(
             config=config,
             ddp_config=ddp,
@@ -68,6 +69,9 @@ def distribute(
         )
         for number, module in enumerate(modules)
     ]
+    for chunk in chunks:
+        accumulate_in_blocks(chunk)
+    return chunks
 
 
 def build_optimizer(

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.utils import clip_grads_with_norm_
 
 from ml_parallel.groups import Place
 
@@ -235,9 +235,9 @@ def _balance_experts(chunks: Sequence[torch.nn.Module], *, updated: bool) -> Non
 
 
 def _clip(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Shorten the gradients to --clip-grad; in place, which megatron-core's own does not do."""
+    norm = torch.tensor(grad_norm)
     for inner in optimizer.chained_optimizers:
-        parameters = inner.get_parameters()
-        if parameters and inner.config.clip_grad > 0.0:
-            clip_grad_by_total_norm_fp32(
-                parameters, max_norm=inner.config.clip_grad, total_norm=grad_norm
-            )
+        longest = inner.config.clip_grad
+        if 0.0 < longest < grad_norm:
+            clip_grads_with_norm_(inner.get_parameters(), longest, norm)
