@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ml_kernels.device import why_unavailable
-from ml_kernels.dispatch import IMPLEMENTATIONS
+from ml_kernels.dispatch import IMPLEMENTATIONS, why_not
 
 ROUNDING = {
     torch.float64: 1e-12,
@@ -18,17 +18,24 @@ ROUNDING = {
 
 
 def runs(operator):
-    """List the (device, backend) pairs that have an implementation; skipped where no device is."""
-    cuda = why_unavailable("cuda")
-    skip = pytest.mark.skipif(cuda is not None, reason=f"no CUDA: {cuda}")
+    """List the (device, backend) pairs that have an implementation; skipped where it cannot run."""
     pairs = [("cpu", "reference"), ("cpu", "cpu"), ("cuda", "reference"), ("cuda", "cuda")]
     return [
         pytest.param(
-            device, backend, marks=skip if device == "cuda" else (), id=f"{device}-{backend}"
+            device, backend, marks=_marks(operator, device, backend), id=f"{device}-{backend}"
         )
         for device, backend in pairs
         if (operator, backend) in IMPLEMENTATIONS
     ]
+
+
+def _marks(operator, device, backend):
+    """Skip on a GPU that is not here, or that lacks what this operator needs."""
+    if device == "cpu":
+        return ()
+    missing = why_unavailable("cuda")
+    reason = f"no CUDA: {missing}" if missing else why_not(operator, backend)
+    return pytest.mark.skipif(reason is not None, reason=str(reason))
 
 
 def random(*shape, dtype=torch.float32, seed=0, device="cpu"):

@@ -15,19 +15,20 @@ Shapes: `R` rows of the whole group, `tp` ranks, `I` and `O` inner and outer wid
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ml_kernels.collective_matmul import start_all_gather, start_reduce_scatter
+from ml_kernels.collective_gradients import (
+    Gradients,
+    gathered_backward,
+    reduced_backward,
+    with_gradients,
+)
 
 _CHUNKS = 4
 """Parts of `matmul_all_reduce`: the last one's communication is not hidden."""
-
-Gradients = tuple["torch.Tensor | None", "torch.Tensor | None"]
 
 
 def all_gather_matmul(
@@ -36,8 +37,9 @@ def all_gather_matmul(
     """See `ml_kernels.all_gather_matmul`: `(R / tp, I)` to `(R, O / tp)`."""
     if group.size() == 1:
         return F.linear(x, weight)
-    result: torch.Tensor = _AllGatherMatmul.apply(x, weight, group)  # type: ignore[no-untyped-call]
-    return result
+    return with_gradients(
+        x, weight, group, product=_gather_and_multiply, backward=gathered_backward
+    )
 
 
 def matmul_reduce_scatter(
@@ -46,10 +48,9 @@ def matmul_reduce_scatter(
     """See `ml_kernels.matmul_reduce_scatter`: `(R, I / tp)` to `(R / tp, O)`."""
     if group.size() == 1:
         return F.linear(x, weight)
-    result: torch.Tensor = _MatmulReduceScatter.apply(  # type: ignore[no-untyped-call]
-        x, weight, group
+    return with_gradients(
+        x, weight, group, product=_multiply_and_scatter, backward=_scattered_backward
     )
-    return result
 
 
 def matmul_all_reduce(
@@ -58,112 +59,58 @@ def matmul_all_reduce(
     """See `ml_kernels.matmul_all_reduce`: `(R, I / tp)` to `(R, O)`."""
     if group.size() == 1:
         return F.linear(x, weight)
-    result: torch.Tensor = _MatmulAllReduce.apply(x, weight, group)  # type: ignore[no-untyped-call]
-    return result
+    return with_gradients(x, weight, group, product=_multiply_and_reduce, backward=reduced_backward)
 
 
-def gathered_linear_backward(
+def _gather_and_multiply(
+    x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup
+) -> torch.Tensor:
+    x = x.contiguous()
+    out = x.new_empty(group.size(), x.shape[0], weight.shape[0])
+    for rank, part in _around(x, x.new_empty(2, *x.shape).unbind(), group):
+        torch.mm(part, weight.t(), out=out[rank])
+    return out.flatten(0, 1)
+
+
+def _multiply_and_scatter(
+    x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup
+) -> torch.Tensor:
+    parts = torch.unflatten(x, 0, (group.size(), -1))
+    return _sum_around(lambda rank: parts[rank] @ weight.t(), group)
+
+
+def _scattered_backward(
     gradient: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
     group: dist.ProcessGroup,
     needed: Sequence[bool],
 ) -> Gradients:
-    """Return the gradients of `all_gather_matmul`, those of `x` and of the weight.
+    """Gather the gradient and multiply: the ring of `_gather_and_multiply`, but keep the parts."""
+    ranks, me = group.size(), group.rank()
+    gathered = gradient.new_empty(ranks, *gradient.shape)
+    gathered[me] = gradient
+    landing = [gathered[(me - step) % ranks] for step in range(1, ranks)]
+    of_x = x.new_empty(ranks, gradient.shape[0], x.shape[1])
+    for rank, part in _around(gathered[me], landing, group):
+        if needed[0]:
+            torch.mm(part, weight, out=of_x[rank])
+    of_weight = gathered.flatten(0, 1).t() @ x if needed[1] else None
+    return of_x.flatten(0, 1) if needed[0] else None, of_weight
 
-    The gather of `x` hides behind the first product, the scatter of its gradient behind the second,
-    as in Megatron.
-    """
-    of_x = of_weight = None
-    if needed[1]:
-        gathered, arrival = start_all_gather(x, group)
-    if needed[0]:
-        of_x, reduction = start_reduce_scatter(gradient @ weight, group)
-    if needed[1]:
-        arrival.wait()
-        of_weight = gradient.t() @ gathered
-    if needed[0]:
+
+def _multiply_and_reduce(
+    x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup
+) -> torch.Tensor:
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    chunks = min(_CHUNKS, x.shape[0])
+    reductions = []
+    for part, total in zip(x.tensor_split(chunks), out.tensor_split(chunks), strict=True):
+        torch.mm(part, weight.t(), out=total)
+        reductions.append(dist.all_reduce(total, group=group, async_op=True))
+    for reduction in reductions:
         reduction.wait()
-    return of_x, of_weight
-
-
-class _AllGatherMatmul(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.group = group
-        x = x.contiguous()
-        out = x.new_empty(group.size(), x.shape[0], weight.shape[0])
-        for rank, part in _around(x, x.new_empty(2, *x.shape).unbind(), group):
-            torch.mm(part, weight.t(), out=out[rank])
-        return out.flatten(0, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        return *gathered_linear_backward(gradient, x, weight, ctx.group, needed), None
-
-
-class _MatmulReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.group = group
-        parts = torch.unflatten(x, 0, (group.size(), -1))
-        return _sum_around(lambda rank: parts[rank] @ weight.t(), group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        """Gather the gradient and multiply: the ring of `_AllGatherMatmul`, but keep the parts."""
-        x, weight = ctx.saved_tensors
-        ranks, me = ctx.group.size(), ctx.group.rank()
-        gathered = gradient.new_empty(ranks, *gradient.shape)
-        gathered[me] = gradient
-        landing = [gathered[(me - step) % ranks] for step in range(1, ranks)]
-        of_x = x.new_empty(ranks, gradient.shape[0], x.shape[1])
-        for rank, part in _around(gathered[me], landing, ctx.group):
-            if ctx.needs_input_grad[0]:
-                torch.mm(part, weight, out=of_x[rank])
-        of_weight = gathered.flatten(0, 1).t() @ x if ctx.needs_input_grad[1] else None
-        return of_x.flatten(0, 1) if ctx.needs_input_grad[0] else None, of_weight, None
-
-
-class _MatmulAllReduce(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        out = x.new_empty(x.shape[0], weight.shape[0])
-        chunks = min(_CHUNKS, x.shape[0])
-        reductions = []
-        for part, total in zip(x.tensor_split(chunks), out.tensor_split(chunks), strict=True):
-            torch.mm(part, weight.t(), out=total)
-            reductions.append(dist.all_reduce(total, group=group, async_op=True))
-        for reduction in reductions:
-            reduction.wait()
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
-        of_weight = gradient.t() @ x if ctx.needs_input_grad[1] else None
-        return of_x, of_weight, None
+    return out
 
 
 def _around(

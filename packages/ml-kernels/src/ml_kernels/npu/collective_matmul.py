@@ -14,15 +14,20 @@ Shapes: `R` rows of the whole group, `tp` ranks, `I` and `O` inner and outer wid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch_npu
-from torch.autograd.function import once_differentiable
 
+from ml_kernels.collective_gradients import (
+    Gradients,
+    gathered_backward,
+    reduced_backward,
+    with_gradients,
+)
 from ml_kernels.dispatch import BackendUnavailableError
-from ml_kernels.overlapped import gathered_linear_backward
 
 # Limits from the operators' documentation (torch_npu 2.13).
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -42,8 +47,9 @@ def all_gather_matmul(
         return torch.mm(x, weight.t())
     _check("all_gather_matmul", x, group)
     _check_inner("all_gather_matmul", "x", x, "the inner width", x.shape[1])
-    result: torch.Tensor = _AllGatherMatmul.apply(x, _dense(weight), group)  # type: ignore[no-untyped-call]
-    return result
+    return with_gradients(
+        x, _dense(weight), group, product=_gather_and_multiply, backward=gathered_backward
+    )
 
 
 def matmul_reduce_scatter(
@@ -65,10 +71,9 @@ def matmul_reduce_scatter(
         _check_inner(
             "matmul_reduce_scatter", "weight", weight, "the outer width (for gradients)", outer
         )
-    result: torch.Tensor = _MatmulReduceScatter.apply(  # type: ignore[no-untyped-call]
-        x, _dense(weight), group
+    return with_gradients(
+        x, _dense(weight), group, product=_multiply_and_scatter, backward=_scattered_backward
     )
-    return result
 
 
 def matmul_all_reduce(
@@ -82,84 +87,56 @@ def matmul_all_reduce(
     if group.size() == 1:
         return torch.mm(x, weight.t())
     _check("matmul_all_reduce", x, group)
-    result: torch.Tensor = _MatmulAllReduce.apply(x, _dense(weight), group)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _AllGatherMatmul(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.group = group
-        return _gather_and_multiply(x, weight.t(), group, keep=False)[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        return *gathered_linear_backward(gradient, x, weight, ctx.group, needed), None
-
-
-class _MatmulReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.group = group
-        return torch_npu.npu_mm_reduce_scatter_base(
-            x.contiguous(),
-            weight.t(),
-            _communicator(group),
-            group.size(),
-            reduce_op="sum",
-            bias=None,
-            comm_turn=0,
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        of_x, gathered = _gather_and_multiply(gradient, weight, ctx.group, keep=True)
-        of_weight = gathered.t() @ x if ctx.needs_input_grad[1] else None
-        return of_x if ctx.needs_input_grad[0] else None, of_weight, None
-
-
-class _MatmulAllReduce(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        return torch_npu.npu_mm_all_reduce_base(
-            x.contiguous(),
-            weight.t(),
-            _communicator(group),
-            reduce_op="sum",
-            bias=None,
-            comm_turn=0,
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
-        of_weight = gradient.t() @ x if ctx.needs_input_grad[1] else None
-        return of_x, of_weight, None
+    return with_gradients(
+        x, _dense(weight), group, product=_multiply_and_reduce, backward=reduced_backward
+    )
 
 
 def _gather_and_multiply(
+    x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup
+) -> torch.Tensor:
+    return _gathered(x, weight.t(), group, keep=False)[0]
+
+
+def _multiply_and_scatter(
+    x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup
+) -> torch.Tensor:
+    return torch_npu.npu_mm_reduce_scatter_base(
+        x.contiguous(),
+        weight.t(),
+        _communicator(group),
+        group.size(),
+        reduce_op="sum",
+        bias=None,
+        comm_turn=0,
+    )
+
+
+def _scattered_backward(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    group: dist.ProcessGroup,
+    needed: Sequence[bool],
+) -> Gradients:
+    of_x, gathered = _gathered(gradient, weight, group, keep=True)
+    return of_x if needed[0] else None, gathered.t() @ x if needed[1] else None
+
+
+def _multiply_and_reduce(
+    x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup
+) -> torch.Tensor:
+    return torch_npu.npu_mm_all_reduce_base(
+        x.contiguous(),
+        weight.t(),
+        _communicator(group),
+        reduce_op="sum",
+        bias=None,
+        comm_turn=0,
+    )
+
+
+def _gathered(
     x: torch.Tensor, matrix: torch.Tensor, group: dist.ProcessGroup, *, keep: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the product of the gathered rows, and the rows when they are kept.
