@@ -7,7 +7,7 @@ addition. In blocks, what lies between stays in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -26,18 +26,13 @@ def accumulate_in_blocks(module: torch.nn.Module) -> None:
         main = getattr(parameter, "main_grad", None)
         if main is None or parameter.device.type != "cpu" or parameter.dtype == main.dtype:
             continue
-        parameter.register_hook(_adder(parameter, main))  # type: ignore[no-untyped-call]
+        parameter.register_post_accumulate_grad_hook(_add)  # type: ignore[no-untyped-call]
 
 
-def _adder(
-    parameter: torch.nn.Parameter, main: torch.Tensor
-) -> Callable[[torch.Tensor], torch.Tensor | None]:
-    """Return a hook that runs when all uses of the parameter have given their gradients."""
-
-    def add(gradient: torch.Tensor) -> None:
-        flat = (main.view(-1), gradient.reshape(-1))
-        for total, block in zip(*(torch.split(x, _BLOCK) for x in flat), strict=True):
-            total.add_(block)
-        parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-
-    return add
+def _add(parameter: Any) -> None:
+    """Add the gradient of a micro-batch, which is whole: of all uses of the parameter."""
+    main, gradient = parameter.main_grad, parameter.grad
+    flat = (main.view(-1), gradient.reshape(-1))
+    for total, block in zip(*(torch.split(x, _BLOCK) for x in flat), strict=True):
+        total.add_(block)
+    parameter.grad_added_to_main_grad = True
