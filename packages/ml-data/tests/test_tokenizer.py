@@ -21,6 +21,18 @@ def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
 
 
+def split_bpe(directory: Path) -> None:
+    """Replace a tokenizer.json by the files of GPT-2's class."""
+    path = directory / "tokenizer.json"
+    model = json.loads(path.read_text())["model"]
+    path.unlink()
+    (directory / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in model["merges"])
+    (directory / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    config = {"tokenizer_class": "GPT2Tokenizer", "unk_token": "</s>"}
+    edit_json(directory / "tokenizer_config.json", **config)
+
+
 @pytest.fixture
 def own_bpe(bpe, tmp_path) -> Path:
     return shutil.copytree(bpe, tmp_path / "bpe")
@@ -56,9 +68,41 @@ def test_a_tokenizer_json_gives_the_ids_of_tokenizers_and_of_transformers(bpe, t
 def test_deepseek_gives_the_ids_of_transformers(asset, texts):
     directory = asset("tokenizer-deepseek")
     tokenizer = load_tokenizer(directory)
-    assert tokenizer.encode_batch(texts) == transformers_tokenizer(directory)(texts)["input_ids"]
+    theirs = transformers_tokenizer(directory)
+    chapters = json.loads((asset("text-chinese") / "documents.json").read_text())[:20]
+    special = "a".join(tokenizer.special_tokens)
+    odd = ["", "\x00\x1b\x85\ufeff\ufffd", " " * 50 + "\u3000\u2028", "👩\u200d👩 e\u0301", special]
+    documents = [*texts, *chapters, *odd]
+    ids = tokenizer.encode_batch(documents)
+    assert ids == theirs(documents)["input_ids"]
     assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eod) == (129280, 0, 1)
-    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts)] == texts
+    assert [tokenizer.decode(own) for own in ids] == [
+        *documents[:-1],
+        theirs.decode(ids[-1], skip_special_tokens=True),
+    ]
+
+
+def test_special_tokens_are_shown_or_left_out(bpe, own_bpe):
+    split_bpe(own_bpe)
+    for directory, kind in ((bpe, "tokenizers"), (own_bpe, "transformers")):
+        tokenizer = load_tokenizer(directory)
+        assert tokenizer.kind == kind
+        assert dict(tokenizer.special_tokens) == {"<s>": 0, "</s>": 1, "<pad>": 2}
+        assert [tokenizer.token_id(token) for token in ("<s>", "<pad>", "nothing")] == [0, 2, None]
+        (ids,) = tokenizer.encode_batch(["def</s>x"], add_special_tokens=False)
+        assert 1 in ids
+        assert tokenizer.decode([0, *ids]) == "defx"
+        assert tokenizer.decode([0, *ids], skip_special_tokens=False) == "<s>def</s>x"
+
+
+def test_surrogates_become_characters_or_the_replacement_character(
+    bpe, sentencepiece_model, own_bpe
+):
+    split_bpe(own_bpe)
+    slow = load_tokenizer(sentencepiece_model, use_fast=False)
+    for tokenizer in (*map(load_tokenizer, (bpe, own_bpe, sentencepiece_model)), slow):
+        broken, whole = tokenizer.encode_batch(["a\ud83d\ude42\ud800b", "a🙂\ufffdb"])
+        assert broken == whole
 
 
 def test_what_a_tokenizer_json_adds_around_a_text_can_be_left_out(own_bpe):
@@ -131,6 +175,19 @@ def test_tokens_added_beside_a_sentencepiece_model_count(own_sentencepiece):
     assert tokenizer.decode([1, *ids, 1501]) == "def  x"
 
 
+def test_a_role_whose_token_has_no_id_is_an_error(own_sentencepiece, asset, tmp_path):
+    edit_json(own_sentencepiece / "special_tokens_map.json", pad_token="<pad>")
+    with pytest.raises(UsageError, match="pad_token '<pad>' is none of its tokens; added_tokens"):
+        load_tokenizer(own_sentencepiece)
+    ranks = shutil.copytree(asset("tokenizer-gpt2-ranks"), tmp_path / "ranks")
+    edit_json(ranks / "tokenizer_config.json", eos_token="<|eot|>", pad_token="!")
+    with pytest.raises(UsageError, match=r"eos_token '<\|eot\|>' is none of its tokens"):
+        load_tokenizer(ranks)
+    edit_json(ranks / "added_tokens.json", **{"<|eot|>": 50257})
+    tokenizer = load_tokenizer(ranks)
+    assert (tokenizer.eod, tokenizer.pad, tokenizer.vocab_size) == (50257, 0, 50258)
+
+
 def test_special_tokens_may_be_named_in_special_tokens_map(own_bpe):
     (own_bpe / "tokenizer_config.json").unlink()
     assert load_tokenizer(own_bpe).eod is None
@@ -149,16 +206,18 @@ def test_a_token_that_only_the_config_names_gets_the_id_transformers_gives_it(ow
 
 
 def test_a_directory_without_tokenizer_json_is_read_by_transformers(own_bpe, texts):
-    model = json.loads((own_bpe / "tokenizer.json").read_text())["model"]
-    (own_bpe / "tokenizer.json").unlink()
-    (own_bpe / "vocab.json").write_text(json.dumps(model["vocab"]))
-    merges = "\n".join(" ".join(pair) for pair in model["merges"])
-    (own_bpe / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
-    config = {"tokenizer_class": "GPT2Tokenizer", "unk_token": "</s>"}
-    edit_json(own_bpe / "tokenizer_config.json", **config)
+    split_bpe(own_bpe)
     tokenizer = load_tokenizer(own_bpe)
     assert tokenizer.kind == "transformers"
     assert tokenizer.encode_batch(texts) == transformers_tokenizer(own_bpe)(texts)["input_ids"]
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "Qwen2Tokenizer", "BertTokenizer"])
+def test_a_directory_without_a_vocabulary_is_refused(tmp_path, name):
+    # transformers 5 makes an empty tokenizer of it: every text has no tokens.
+    edit_json(tmp_path / "tokenizer_config.json", tokenizer_class=name)
+    with pytest.raises(UsageError, match=f"{name} needs one of .*tokenizer"):
+        load_tokenizer(tmp_path)
 
 
 def test_the_code_of_a_tokenizer_never_runs(tmp_path):
@@ -200,6 +259,10 @@ def test_mistakes_are_named(tmp_path, own_bpe, own_sentencepiece):
     assert "tokenizer_config.json: not valid JSON" in message(own_bpe)
     (own_bpe / "tokenizer_config.json").write_text("[]")
     assert "not a JSON object" in message(own_bpe)
+    (own_bpe / "tokenizer_config.json").write_text("{}")
+    for decoder in ([], {"a": {"content": "b"}}, {"1": "b"}, {"1": {}}):
+        edit_json(own_bpe / "tokenizer_config.json", added_tokens_decoder=decoder)
+        assert "is not tokens with their ids" in message(own_bpe)
     (own_bpe / "tokenizer.json").write_text("{}")
     assert "not a tokenizer.json" in message(own_bpe)
     model = own_sentencepiece / "tokenizer.model"
@@ -207,20 +270,22 @@ def test_mistakes_are_named(tmp_path, own_bpe, own_sentencepiece):
         model.write_bytes(content)
         assert "not a sentencepiece model" in message(own_sentencepiece)
     model.write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
-    assert "tiktoken ranks" in message(own_sentencepiece)
+    assert "tiktoken ranks of an unknown model" in message(own_sentencepiece)
 
 
-def test_loading_a_tokenizer_imports_only_its_library(bpe, sentencepiece_model):
+def test_loading_a_tokenizer_imports_only_its_library(bpe, sentencepiece_model, asset):
     script = (
-        "import sys; from ml_data.tokenizer import load_tokenizer; "
-        "print(*sys.modules); load_tokenizer(sys.argv[1]); print(*sys.modules)"
+        "import sys; from ml_data.tokenizer import load_tokenizer; print(*sys.modules); "
+        "load_tokenizer(sys.argv[1], use_fast=sys.argv[2] == 'fast'); print(*sys.modules)"
     )
-    heavy = {"torch", "transformers", "megatron", "tokenizers", "sentencepiece"}
+    heavy = {"torch", "transformers", "megatron", "tokenizers", "sentencepiece", "tiktoken"}
 
-    def imported(path: Path) -> list[set[str]]:
-        command = [sys.executable, "-c", script, str(path)]
+    def imported(path: Path, how: str = "fast") -> list[set[str]]:
+        command = [sys.executable, "-c", script, str(path), how]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         return [heavy & set(line.split()) for line in output.splitlines()]
 
     assert imported(bpe) == [set(), {"tokenizers"}]
-    assert imported(sentencepiece_model) == [set(), {"sentencepiece"}]
+    assert imported(sentencepiece_model) == [set(), {"sentencepiece", "tokenizers"}]
+    assert imported(sentencepiece_model, "slow") == [set(), {"sentencepiece"}]
+    assert imported(asset("tokenizer-gpt2-ranks")) == [set(), {"tokenizers"}]

@@ -26,6 +26,8 @@ class SpecialIds(NamedTuple):
 class SpecialTokens:
     """What `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` say."""
 
+    directory: Path
+    """Where they are."""
     roles: Mapping[str, str]
     """Token of each role: `bos`, `eod`, `pad`."""
     added: Mapping[str, int]
@@ -41,11 +43,19 @@ class SpecialTokens:
         config = _read_json(directory / "tokenizer_config.json")
         named = _read_json(directory / "special_tokens_map.json") | config
         roles = {role: _spelling(named.get(name)) for role, name in _ROLES.items()}
-        added = dict(_read_json(directory / "added_tokens.json"))
-        for id_, token in config.get("added_tokens_decoder", {}).items():
-            added[token["content"]] = int(id_)
+        added = _read_json(directory / "added_tokens.json")
+        try:
+            decoder = config.get("added_tokens_decoder", {}).items()
+            added |= {token["content"]: int(id_) for id_, token in decoder}
+            added = {str(token): int(id_) for token, id_ in added.items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"tokenizer {directory}: added_tokens.json, or added_tokens_decoder of "
+                f"tokenizer_config.json, is not tokens with their ids ({error!r})"
+            ) from error
         adds = {"add_bos": config.get("add_bos_token"), "add_eos": config.get("add_eos_token")}
         return cls(
+            directory=directory,
             roles={role: token for role, token in roles.items() if token is not None},
             added=added,
             **{name: value for name, value in adds.items() if value is not None},
@@ -56,9 +66,18 @@ class SpecialTokens:
         vocabulary: Mapping[str, int],
         defaults: SpecialIds = SpecialIds(None, None, None),  # noqa: B008 (immutable)
     ) -> SpecialIds:
-        """Return the ids of the special tokens; `defaults` for roles that no file here mentions."""
-        found = {role: vocabulary.get(token) for role, token in self.roles.items()}
-        ids = defaults._replace(**found)
+        """Return the ids of the special tokens; `defaults` for roles that no file here mentions.
+
+        Raises:
+            UsageError: a token is not in the vocabulary.
+        """
+        for role, token in self.roles.items():
+            if token not in vocabulary:
+                raise UsageError(
+                    f"tokenizer {self.directory}: {_ROLES[role]} {token!r} is none of its tokens; "
+                    "added_tokens.json can give it an id"
+                )
+        ids = defaults._replace(**{role: vocabulary[token] for role, token in self.roles.items()})
         return ids._replace(pad=ids.eod) if ids.pad is None else ids
 
 
