@@ -22,6 +22,55 @@ SIZES = {
     "add_bias_linear": False,
 }
 
+GROUPED = {"num_query_groups": 2}
+CASES = {
+    "plain": ({}, 0),
+    "grouped": (GROUPED | {"add_qkv_bias": True}, 0),
+    "all biases": ({"add_bias_linear": True}, 0),
+    "bias of the output only": ({"add_dense_bias": True}, 0),
+    "wide heads": (GROUPED | {"kv_channels": 12}, 0),
+    "scale": ({"softmax_scale": 0.7}, 0),
+    "query and key norms": (GROUPED | {"qk_layernorm": True}, 0),
+    "norms by 1 + weight": ({"qk_layernorm": True, "add_rmsnorm_offset": True}, 0),
+    "layer norms": ({"qk_layernorm": True, "normalization": "LayerNorm"}, 0),
+    "neighbours, half of them": ({"rotary_interleaved": True, "rotary_percent": 0.5}, 0),
+    "no positions": ({"position_embedding_type": "none"}, 0),
+    "layer without positions": ({"num_layers": 2, "no_rope_freq": (2,)}, 1),
+    "layer with positions": ({"num_layers": 2, "no_rope_freq": (2,)}, 0),
+    "alibi": ({"position_embedding_type": "alibi"}, 0),
+    "window": (GROUPED | {"sliding_window": 7}, 0),
+    "layer without a window": (
+        {"num_layers": 2, "sliding_window": 7, "window_attn_skip_freq": (1, 0)},
+        1,
+    ),
+    "base of windows": (
+        {"num_layers": 2, "sliding_window": 7, "rotary_base_local": 50.0}
+        | {"window_attn_skip_freq": (2,)},
+        0,
+    ),
+    "sinks": (GROUPED | {"softmax_type": "learnable", "sliding_window": 7}, 0),
+    "soft-capped": (GROUPED | {"attn_logit_softcapping": 0.8, "sliding_window": 7}, 0),
+    "soft-capped without a window": ({"attn_logit_softcapping": 0.8, "softmax_scale": 0.4}, 0),
+}
+"""Fields of an architecture, and the layer to look at."""
+LATENT = {
+    "multi_latent_attention": True,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_head_dim": 6,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 5,
+    "qk_layernorm": True,
+    "norm_epsilon": 1e-6,
+}
+YARN = {
+    "rope_scaling_type": "yarn",
+    "rope_scaling_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_scaling_mscale": 0.7,
+    "rope_scaling_mscale_all_dim": 1.3,
+}
+
 
 def architecture(**fields) -> Architecture:
     return Architecture(**{"num_layers": 1, **SIZES, **fields})

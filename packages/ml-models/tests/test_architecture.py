@@ -83,6 +83,27 @@ def test_query_key_value_have_a_bias_with_either_switch():
         ({"rope_scaling_type": "ntk"}, r"--rope-scaling-type ntk: valid are .*llama3, yarn"),
         ({"rope_scaling_type": "llama3"}, r"--rope-scaling-type llama3: needs --low-freq-factor"),
         ({"low_freq_factor": 1.0}, r"--low-freq-factor 1.0: means nothing without --rope-scaling"),
+        (
+            {"rope_scaling_factor": 8.0},
+            r"--rope-scaling-factor 8.0: means nothing without --rope-scaling-type",
+        ),
+        (
+            {"rope_scaling_type": "linear", "rope_scaling_attention_factor": 0.5},
+            r"attention-factor 0.5: means nothing without --rope-scaling-type yarn or longrope",
+        ),
+        (
+            {"position_embedding_type": "alibi", "rotary_base": 5e5},
+            r"--rotary-base 500000.0: means nothing without --position-embedding-type rope",
+        ),
+        ({"moe_aux_loss_coeff": 0.01}, r"coeff 0.01: means nothing without --num-experts"),
+        (
+            {"num_experts": 4, "moe_shared_expert_gate": True},
+            r"-gate: means nothing without --n-shared-experts or --moe-shared-expert-int",
+        ),
+        (
+            {"num_experts": 4, "moe_router_bias_update_rate": 0.1},
+            r"rate 0.1: means nothing without --moe-router-enable-expert-bias",
+        ),
         ({"window_attn_skip_freq": (2,)}, r"means nothing without --sliding-window"),
         ({"sliding_window": 0}, r"--sliding-window 0: must be at least 1"),
         (
@@ -279,3 +300,18 @@ def test_importing_needs_neither_torch_nor_megatron():
     code = "import sys, ml_models.weights; print({'torch', 'megatron', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+def test_every_flag_that_needs_another_is_refused_without_it():
+    found = [field for field in dataclasses.fields(Architecture) if "needs" in field.metadata]
+    assert len(found) > 40
+    others = {"str": "other", "tuple": (2,), "bool": True, "Literal": "other"}
+    for field in found:
+        kind = next((kind for kind in others if kind in str(field.type)), None)
+        value = others[kind] if kind else 7
+        if field.default is True:
+            value = False
+        changes = {"position_embedding_type": "alibi", field.name: value}
+        name = field.name.replace("_", "-")
+        with pytest.raises(ValueError, match=f"--{name}.*: means nothing without --"):
+            build(**changes)

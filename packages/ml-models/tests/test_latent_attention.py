@@ -7,7 +7,9 @@ import functools
 import pytest
 import torch
 from attention_layer import (
+    LATENT,
     LENGTH,
+    YARN,
     architecture,
     assert_close,
     assert_ranks_are_one,
@@ -24,23 +26,6 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3 as v3
 from ml_parallel.testing import run_ranks
 from ml_parallel.topology import Topology
 
-LATENT = {
-    "multi_latent_attention": True,
-    "q_lora_rank": 12,
-    "kv_lora_rank": 10,
-    "qk_head_dim": 6,
-    "qk_pos_emb_head_dim": 4,
-    "v_head_dim": 5,
-    "qk_layernorm": True,
-    "norm_epsilon": 1e-6,
-}
-YARN = {
-    "rope_scaling_type": "yarn",
-    "rope_scaling_factor": 4.0,
-    "original_max_position_embeddings": 16,
-    "rope_scaling_mscale": 0.7,
-    "rope_scaling_mscale_all_dim": 1.3,
-}
 ARCHITECTURES = {
     "v3": architecture(**LATENT, **YARN),
     "v2": architecture(**LATENT, **YARN),

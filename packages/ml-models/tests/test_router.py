@@ -109,6 +109,15 @@ def counts(arch):
     return chosen.sum(0).tolist(), router.local_tokens_per_expert.tolist()
 
 
+def bias_update_rate(arch):
+    return router_of(arch)[0].config.moe_router_bias_update_rate
+
+
+def test_how_fast_biases_follow_is_a_flag():
+    arch = dataclasses.replace(DEEPSEEK3, moe_router_bias_update_rate=0.25)
+    assert run_ranks(bias_update_rate, 1, arch) == [0.25]
+
+
 def test_tokens_are_counted_in_training_only_and_biased_experts_get_them():
     arch = dataclasses.replace(DEEPSEEK3, moe_router_num_groups=None, moe_router_group_topk=None)
     ((chosen, counted),) = run_ranks(counts, 1, arch)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from token_files import describe, write_corpus
+from token_files import describe, made_up, write_corpus, write_rows
 
 from ml_models.flags import UsageError
 from ml_parallel import platform
@@ -61,6 +61,17 @@ def test_a_file_instead_of_a_prefix_is_explained(tmp_path: Path, suffix: str) ->
     assert refused(prefix + suffix) == (
         f"{prefix}{suffix}: give the path of a corpus without its {suffix}"
     )
+
+
+def test_instruction_data_are_recognised(tmp_path: Path) -> None:
+    write_rows(tmp_path / "alpaca", [made_up([5])])
+    config = DataConfig(data_path=(f"{tmp_path}/alpaca",))
+    for read in (read_corpora, read_descriptions):
+        with pytest.raises(UsageError) as caught:
+            read(config)
+        assert str(caught.value) == (
+            f"{tmp_path}/alpaca: is instruction data: give --is-instruction-dataset"
+        )
 
 
 @pytest.mark.parametrize("size", [0, 5, 20, 40])

@@ -24,7 +24,8 @@ platform.import_engine()
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # noqa: E402
 
 from ml_train import data  # noqa: E402
-from ml_train.data import Datasets, TokenBatches, build_datasets  # noqa: E402
+from ml_train.batches import Datasets, TokenBatches  # noqa: E402
+from ml_train.data import build_datasets  # noqa: E402
 
 S = 8
 CPU = torch.device("cpu")

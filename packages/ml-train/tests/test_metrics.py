@@ -96,6 +96,15 @@ def test_a_step_is_measured_from_its_size_and_its_time(tmp_path: Path) -> None:
     }
 
 
+def test_a_step_of_shorter_rows_is_not_counted_as_one_of_long_ones(tmp_path: Path) -> None:
+    with reporter("--save", tmp_path, stream=io.StringIO()) as opened:
+        train(opened, 1, 1, filled=0.75)
+    _, step = entries(tmp_path / "metrics.jsonl")
+    flops = 6 * 8 * 24 * (2 * (12 * 64**2 + 2 * 24 * 64) + 64 * 128)
+    assert step["tokens_per_second_per_device"] == 8 * 24 / 2 / 0.5
+    assert step["tflops_per_device"] == flops / 2 / 0.5 / 1e12
+
+
 def test_the_file_begins_with_what_the_run_is(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     with reporter("--metrics-file", path, "--save", tmp_path / "save", stream=io.StringIO()):

@@ -105,6 +105,16 @@ def test_weights_are_positive_numbers(weight: str) -> None:
         ("--data-path a --split inf", "--split inf: a share must be at least 0"),
         ("--data-path a --split 1,1,1,1", "--split 1,1,1,1: give one to three numbers"),
         ("--data-path a --split 90;10", "--split: '90;10' is not a number"),
+        (
+            "--data-path a --variable-seq-lengths",
+            "--variable-seq-lengths needs --is-instruction-dataset: samples of pre-training data "
+            "are all --seq-length long",
+        ),
+        (
+            "--data-path a --is-instruction-dataset --eod-mask-loss",
+            "--eod-mask-loss is for pre-training data: --is-instruction-dataset says itself what "
+            "the loss sees",
+        ),
     ],
 )
 def test_impossible_data_is_refused(flags_: str, message: str) -> None:

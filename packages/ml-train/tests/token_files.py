@@ -36,6 +36,10 @@ INFO = CorpusInfo(
 )
 
 
+Sample = tuple[list[int], list[int]]
+"""Ids and labels."""
+
+
 def write_corpus(prefix: Path, lengths: Sequence[int], *, first: int = 0) -> str:
     """Write documents of these lengths; the tokens count up from `first` through all of them."""
     with FileSet() as files:
@@ -52,3 +56,28 @@ def describe(prefix: str, **changes: object) -> str:
     info = dataclasses.replace(INFO, bin_bytes=size, **changes)
     sidecar_path(prefix).write_text(to_json(info))
     return prefix
+
+
+def write_rows(prefix: Path, rows: Sequence[Sequence[Sample]], side: str = "") -> str:
+    """Write instruction data, or a side of preferences; a row of several samples is packed."""
+    lengths = np.array([len(ids) for row in rows for ids, _ in row], np.int64)
+    sequences = np.array([len(row) for row in rows])
+    with FileSet() as files:
+        for number, name in enumerate(("input_ids", "labels")):
+            tokens = [token for row in rows for sample in row for token in sample[number]]
+            path = f"{prefix}_packed_{side}{name}_document"
+            writer = IndexedDatasetWriter(path, np.int32, files)
+            writer.add_documents(np.array(tokens, np.int32), lengths, sequences)
+            writer.write_index()
+        files.publish()
+    return str(prefix)
+
+
+def made_up(lengths: Sequence[int], *, first: int = 0) -> list[Sample]:
+    """Return samples whose ids count up through all of them; two of each are not learned."""
+    samples = []
+    for length in lengths:
+        ids = list(range(first, first + length))
+        samples.append((ids, [-100, -100, *ids[2:]][:length]))
+        first += length
+    return samples

@@ -146,11 +146,12 @@ class Rank:
 
     def evaluate(self, iteration):
         """Return the loss of the data of a step, without training on it."""
-        from ml_train.step import evaluate, parameters_in_place
+        from ml_train.step import evaluate, mean_loss, parameters_in_place
 
         with parameters_in_place(self.ddp):
             batches = self.batches(iteration)
-            return evaluate(self.ddp, batches, self.shape, stop_requested=lambda: False)[0]
+            totals = evaluate(self.ddp, batches, self.shape, stop_requested=lambda: False)
+        return mean_loss([totals])
 
     def shards(self, values):
         """Return [(global name, tp rank, start, stop, values(shard))] of what this rank updates."""

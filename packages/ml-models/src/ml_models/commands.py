@@ -7,24 +7,24 @@
 | OSError: disk full, no permission, file gone | 1 | `ml-train pretrain: message` |
 | Ctrl-C | 130 | |
 
-Anything else is our bug and keeps its traceback. A command's module is imported only when chosen.
+Anything else is our bug and keeps its traceback. A command's module is imported only when chosen,
+and this module imports next to nothing: a program that imports nothing else at its top cannot be
+interrupted where nobody is there to catch it.
 """
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
+from typing import NamedTuple
 
 
 class UsageError(ValueError):
     """A user's mistake: one line that names flag or file, the value, and what would be valid."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Command:
+class Command(NamedTuple):
     """One command of a program."""
 
     summary: str
@@ -41,6 +41,12 @@ def main(
     argv: Sequence[str] | None = None,
 ) -> int:
     """Run the command that `argv` (by default the process's) begins with; return the exit code."""
+    return run_command(prog, lambda: _run(prog, description, commands, argv))
+
+
+def _run(
+    prog: str, description: str, commands: Mapping[str, Command], argv: Sequence[str] | None
+) -> int:
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name == "--version":
         sys.stdout.write(f"{prog} {version_of(prog)}\n")
@@ -87,6 +93,8 @@ def version_of(prog: str) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `; did you mean ...?` for the known word nearest to `word`, or nothing."""
+    import difflib
+
     nearest = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 

@@ -1,6 +1,7 @@
 """What queries do with keys and values in one layer: scores, softmax, weighted sum.
 
-Shapes: `S` sequence, `B` batch, `N` heads and `G` groups of this rank, `D` head size.
+Shapes: `S` sequence, `B` batch, `N` heads and `G` groups of this rank, `D` head size; `T` tokens of
+sequences that share a row.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from megatron.core.transformer.utils import (
 import ml_kernels
 from ml_kernels.frequencies import yarn_mscale
 from ml_models.architecture import Architecture
+from ml_models.packing import PackedSequences
 from ml_models.softcap import soft_capped_attention
 
 
@@ -73,23 +75,28 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         _attention_mask: torch.Tensor | None = None,
         *,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: object = None,
+        packed_seq_params: PackedSequences | None = None,
         **_unused: Any,
     ) -> torch.Tensor:
         """Return `(S, B, N * D)` from query `(S, B, N, D)`, key and value `(S, B, G, D)`.
 
+        With `packed_seq_params`, `(T, N * D)` from `(T, N, D)` and `(T, G, D)`.
+
         Raises:
             ValueError: megatron-core asks for what is not computed here.
         """
-        if attention_bias is not None or packed_seq_params is not None:
-            raise ValueError("attention here is causal: no attention_bias, no packed_seq_params")
+        if attention_bias is not None:
+            raise ValueError("attention here is causal: no attention_bias")
         dropout = self.dropout if self.training else 0.0
+        ends = None if packed_seq_params is None else packed_seq_params.ends
         if self.cap is not None:
-            attend = partial(soft_capped_attention, cap=self.cap)
+            attend = partial(soft_capped_attention, cap=self.cap, ends=ends)
         else:
             attend = partial(
                 ml_kernels.flash_attention,
-                layout="SBND",
+                layout="SBND" if ends is None else "TND",
+                cu_seqlens_q=ends,
+                cu_seqlens_k=ends,
                 causal=True,
                 alibi_slopes=self._slopes_on(query.device),
                 sinks=None if self.softmax_offset is None else self.softmax_offset.float(),
@@ -100,7 +107,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
             context = attend(
                 query, key, value, scale=self.scale, window=self.window, dropout_p=dropout
             )
-        return context.flatten(2)
+        return context.flatten(-2)
 
     def sharded_state_dict(
         self,

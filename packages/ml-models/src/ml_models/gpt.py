@@ -22,6 +22,7 @@ from ml_models.dropout import Dropout
 from ml_models.embedding import refine_embedding
 from ml_models.layer import block_spec
 from ml_models.output import refine_output
+from ml_models.router import Router
 from ml_models.weights import (
     Parameter,
     expert_range,
@@ -48,8 +49,25 @@ class GPT(GPTModel):  # type: ignore[misc]
             refine_embedding(self, arch)
         if self.post_process:
             refine_output(self, arch)
+        self._routers = tuple(module for module in self.modules() if isinstance(module, Router))
         # megatron-core leaves a few small tensors where torch makes them by default.
         self.cuda(torch.cuda.current_device())
+
+    def forward(
+        self, *given: Any, loss_mask: torch.Tensor | None = None, **options: Any
+    ) -> torch.Tensor:
+        """Return losses or logits; megatron-core's arguments.
+
+        Args:
+            given: As megatron-core has it.
+            loss_mask: `(B, S)`, what each token's loss is multiplied by before they are summed and
+                divided by its sum; the losses of routers then weigh the same. None = 1.
+            options: As megatron-core has it.
+        """
+        for router in self._routers:
+            router.counted = 1.0 if loss_mask is None else loss_mask.mean()
+        found: torch.Tensor = super().forward(*given, loss_mask=loss_mask, **options)
+        return found
 
     def compute_language_model_loss(
         self, labels: torch.Tensor, logits: torch.Tensor
@@ -169,6 +187,7 @@ def _experts_config(arch: Architecture) -> dict[str, Any]:
         "moe_router_score_function": arch.moe_router_score_function,
         "moe_router_pre_softmax": True,  # else it refuses to choose a single expert
         "moe_router_enable_expert_bias": arch.moe_router_enable_expert_bias,
+        "moe_router_bias_update_rate": arch.moe_router_bias_update_rate,
         "moe_router_load_balancing_type": arch.moe_router_load_balancing_type,
         "moe_aux_loss_coeff": arch.moe_aux_loss_coeff,
         "moe_z_loss_coeff": arch.moe_z_loss_coeff or None,

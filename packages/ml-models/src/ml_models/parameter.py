@@ -15,7 +15,7 @@ class Split(NamedTuple):
     blocks: int = 1
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Parameter:
     """One tensor of the model, as it is without parallelism."""
 

@@ -17,6 +17,7 @@ import torch
 import ml_kernels
 from ml_kernels.frequencies import RotaryFrequencies
 from ml_models.architecture import Architecture
+from ml_models.packing import PackedSequences
 
 
 class _Table(NamedTuple):
@@ -51,10 +52,25 @@ class Rotary:
         if not self._turns[layer]:
             return x
         table = self._table(layer, length, x.device)
-        angles = table.angles[length - x.shape[0] : length]
-        return ml_kernels.rotary_embedding(
-            x, angles, interleaved=self._interleaved, scale=table.scale
-        )
+        return self._turn(x, table.angles[length - x.shape[0] : length], table.scale)
+
+    def turn_packed(self, x: torch.Tensor, layer: int, packed: PackedSequences) -> torch.Tensor:
+        """Turn queries or keys of sequences that share a row.
+
+        Where the table depends on the length of the sequence, that of the longest one counts.
+
+        Args:
+            x: `(S, 1, N, D)`.
+            layer: Global number of the layer, from 0.
+            packed: Where they are.
+        """
+        if not self._turns[layer]:
+            return x
+        table = self._table(layer, packed.longest, x.device)
+        return self._turn(x, table.angles[packed.positions], table.scale)
+
+    def _turn(self, x: torch.Tensor, angles: torch.Tensor, scale: float) -> torch.Tensor:
+        return ml_kernels.rotary_embedding(x, angles, interleaved=self._interleaved, scale=scale)
 
     def _table(self, layer: int, length: int, device: torch.device) -> _Table:
         """Return a table of at least `length` positions; kept until it is too short or another."""

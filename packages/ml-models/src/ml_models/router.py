@@ -27,6 +27,9 @@ class Router(TopKRouter):  # type: ignore[misc]
     rank, so that with sequence parallelism they shrink with the number of ranks.
     """
 
+    counted: torch.Tensor | float = 1.0
+    """Part of the tokens of a micro-batch that the model's loss counts."""
+
     def __init__(
         self,
         arch: Architecture,
@@ -93,9 +96,9 @@ class Router(TopKRouter):  # type: ignore[misc]
         del padding_mask
         if not self.config.moe_z_loss_coeff:
             return logits
-        # The mean over the tokens of a micro-batch, times their number: see below.
+        # The mean over the tokens of a micro-batch, times those that count: see below.
         loss = self.config.moe_z_loss_coeff * logits.logsumexp(dim=-1).square().sum()
-        attached: torch.Tensor = MoEAuxLossAutoScaler.apply(logits, loss)
+        attached: torch.Tensor = MoEAuxLossAutoScaler.apply(logits, loss * self.counted)
         return attached
 
     def attach_and_log_load_balancing_loss(
@@ -109,11 +112,11 @@ class Router(TopKRouter):  # type: ignore[misc]
     ) -> torch.Tensor:
         """Attach this rank's part of a loss to `(T, E)`.
 
-        All gradients are divided by the number of tokens in the end, so the loss, which is a mean,
-        is multiplied by the number of tokens of the micro-batch: on all ranks that share it.
+        All gradients are divided by the number of tokens that count in the end, so the loss, which
+        is a mean, is multiplied by that of the micro-batch: on all ranks that share it.
         """
         del aux_loss_coeff, aux_loss_name
-        tokens = activation.shape[0] * reduce_group.size()
+        tokens = activation.shape[0] * reduce_group.size() * self.counted
         attached: torch.Tensor = MoEAuxLossAutoScaler.apply(activation, aux_loss * tokens)
         return attached
 

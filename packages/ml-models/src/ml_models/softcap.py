@@ -5,13 +5,15 @@ a block at a time, with only the keys they see, and a block is computed again fo
 the scores of one block are all that is ever in memory.
 
 Shapes: `Sq`, `Sk` query and key lengths, `B` batch, `N` heads, `G` groups that divide them, `D`
-head size. The last query stands at the last key.
+head size, `T` tokens of sequences that share a row. The last query stands at the last key.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -29,21 +31,29 @@ def soft_capped_attention(
     scale: float | None = None,
     window: int | None = None,
     dropout_p: float = 0.0,
+    ends: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """Attend causally.
 
     Args:
-        query: `(Sq, B, N, D)`.
-        key: `(Sk, B, G, D)`.
-        value: `(Sk, B, G, D)`.
+        query: `(Sq, B, N, D)`; with `ends`, `(T, N, D)`.
+        key: `(Sk, B, G, D)`; with `ends`, `(T, G, D)`.
+        value: As `key`.
         cap: `c`.
         scale: Multiplies the scores before they are squashed; `1 / sqrt(D)` when None.
         window: A query sees this many keys, its own included; None = all before it.
         dropout_p: Probability of dropping an attention weight.
+        ends: 0, then where each of the sequences ends that share the row; None = there is one.
 
     Returns:
-        `(Sq, B, N, D)` in the dtype of the query.
+        As `query`.
     """
+    if ends is not None:
+        attend_alone = partial(
+            soft_capped_attention, cap=cap, scale=scale, window=window, dropout_p=dropout_p
+        )
+        parts = ((x[start:end, None] for x in (query, key, value)) for start, end in pairwise(ends))
+        return torch.cat([attend_alone(*part)[:, 0] for part in parts])
     queries, keys = query.shape[0], key.shape[0]
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     attend = partial(_attend, cap=cap, scale=scale, window=window, dropout_p=dropout_p)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core.inference.contexts import BaseInferenceContext
 
+from ml_models.packing import PackedSequences
 from ml_models.positions import Rotary
 
 
@@ -19,6 +20,22 @@ class TurnsQueriesAndKeys:
     rotary: Rotary
     layer_number: int
     """Number of the layer in the whole model, from 1."""
+    _packed: PackedSequences | None = None
+
+    def forward(
+        self, *given: Any, packed_seq_params: PackedSequences | None = None, **options: Any
+    ) -> Any:
+        """Attend, and know meanwhile which sequences share a row; megatron-core's arguments.
+
+        megatron-core does not tell the step below.
+        """
+        self._packed = packed_seq_params
+        try:
+            return super().forward(  # type: ignore[misc]
+                *given, packed_seq_params=packed_seq_params, **options
+            )
+        finally:
+            self._packed = None
 
     def _adjust_key_value_for_inference(
         self,
@@ -32,7 +49,10 @@ class TurnsQueriesAndKeys:
         """Turn by position, and add new keys and values to the cache; megatron-core's arguments."""
         start = 0 if inference_context is None else inference_context.sequence_len_offset
         layer, length = self.layer_number - 1, start + key.shape[0]
-        query, key = (self.rotary.turn(x, layer, length) for x in (query, key))
+        if self._packed is None:
+            query, key = (self.rotary.turn(x, layer, length) for x in (query, key))
+        else:
+            query, key = (self.rotary.turn_packed(x, layer, self._packed) for x in (query, key))
         query, key, value, _, *rest = super()._adjust_key_value_for_inference(  # type: ignore[misc]
             inference_context, query, key, value, None
         )

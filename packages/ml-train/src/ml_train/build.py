@@ -53,6 +53,8 @@ def build(config: PretrainConfig) -> Built:
     )
     dtype: torch.dtype = getattr(torch, training.dtype)
     engine = transformer_config(arch, topology, params_dtype=dtype, dropout=config.dropout)
+    # Stages of a pipeline then tell each other the shape of what they send.
+    engine.variable_seq_lengths = config.data.variable_seq_lengths
     rows = embedding_rows(config)
     chunks = build_model(
         arch, topology, engine, padded_vocab_size=rows, seq_length=training.seq_length

@@ -286,6 +286,7 @@ def _args(state: TrainingState, progress: Progress) -> argparse.Namespace:
         global_batch_size=state.global_batch_size,
         iteration=progress.iteration,
         consumed_train_samples=progress.consumed_samples,
+        consumed_train_tokens=progress.consumed_tokens,
         skipped_train_samples=0,
         skipped_iterations=progress.skipped_iterations,
         nan_iterations=progress.nan_iterations,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ml_models import flags
+from ml_models.commands import Command
+from ml_models.commands import main as run
 
 COMMANDS = {
-    "pretrain": flags.Command(
+    "pretrain": Command(
         summary="train a model on token files, from one CPU process to a cluster",
         run="ml_train.pretrain:main",
     ),
-    "report": flags.Command(
+    "report": Command(
         summary="show a run on one page: loss curve, speed, layout",
         run="ml_train.report:main",
     ),
@@ -20,4 +21,4 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `ml-train` with `argv`, by default the process's; return the exit code."""
-    return flags.main("ml-train", "Train large language models.", COMMANDS, argv)
+    return run("ml-train", "Train large language models.", COMMANDS, argv)

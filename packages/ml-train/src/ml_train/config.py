@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ml_data.sidecar import CorpusInfo
 from ml_data.tokenizer import TokenizerType, load_tokenizer
 from ml_kernels.device import DeviceChoice
 from ml_models.architecture import Architecture
@@ -26,6 +25,7 @@ from ml_parallel.checkpoint import (
 )
 from ml_parallel.stages import stage_layers
 from ml_parallel.topology import Topology
+from ml_train.corpora import TokensInfo
 from ml_train.launch import LaunchConfig
 from ml_train.settings import DataConfig, IgnoredFlags, LearningRate, LogConfig
 
@@ -275,7 +275,7 @@ def check_world(config: PretrainConfig, world_size: int) -> PretrainConfig:
     )
 
 
-def with_vocabulary(config: PretrainConfig, corpus: CorpusInfo | None) -> PretrainConfig:
+def with_vocabulary(config: PretrainConfig, corpus: TokensInfo | None) -> PretrainConfig:
     """Check the vocabulary of the model against that of the data; take it from there if not given.
 
     Args:

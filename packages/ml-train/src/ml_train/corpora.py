@@ -16,9 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_data.indexed import IndexedDataset
+from ml_data.sample_info import SampleInfo
 from ml_data.sidecar import CorpusInfo, read_sidecar
 from ml_models.flags import UsageError
 from ml_train.settings import DataConfig
+
+TokensInfo = CorpusInfo | SampleInfo
+"""What `ml-data` notes of the tokens it writes."""
 
 SPLITS = ("training", "validation", "test")
 
@@ -49,7 +53,7 @@ class Description(NamedTuple):
 
     prefix: str
     """Absolute."""
-    info: CorpusInfo | None
+    info: TokensInfo | None
     """What is known of the tokens."""
 
 
@@ -76,7 +80,7 @@ def read_descriptions(config: DataConfig) -> tuple[Description, ...]:
     return tuple(map(_describe, map(absolute, config.prefixes)))
 
 
-def common_tokenizer(corpora: Iterable[Corpus | Description]) -> CorpusInfo | None:
+def common_tokenizer(corpora: Iterable[Corpus | Description]) -> TokensInfo | None:
     """Return the description of a corpus, for its tokenizer, which all corpora must share.
 
     Corpora without a description are taken to agree; None if there is no other.
@@ -127,19 +131,25 @@ def check_splits(
 
 
 def _describe(prefix: str) -> Description:
-    if not Path(f"{prefix}.idx").exists():
+    if not _exists(prefix):
         _read(prefix)  # says what is wrong
     return Description(prefix, read_sidecar(prefix))
 
 
 def _read(prefix: str) -> Corpus:
+    if Path(f"{prefix}_packed_input_ids_document.idx").exists() and not _exists(prefix):
+        raise UsageError(f"{prefix}: is instruction data: give --is-instruction-dataset")
     for suffix in (".bin", ".idx"):
-        if prefix.endswith(suffix) and not Path(f"{prefix}.idx").exists():
+        if prefix.endswith(suffix) and not _exists(prefix):
             raise UsageError(f"{prefix}: give the path of a corpus without its {suffix}")
     tokens = IndexedDataset(prefix)
     if not len(tokens.tokens):
         raise UsageError(f"{prefix}.bin: holds no tokens")
     return Corpus(prefix=prefix, lengths=tokens.sequence_lengths, info=read_sidecar(prefix))
+
+
+def _exists(prefix: str) -> bool:
+    return Path(f"{prefix}.idx").exists()
 
 
 def _check_split(

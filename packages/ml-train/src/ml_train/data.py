@@ -1,4 +1,4 @@
-"""Token files to micro-batches: megatron-core's GPT dataset, and which of its samples a rank takes.
+"""Token files to samples of equal length, for pre-training: megatron-core's GPT dataset.
 
 Everything is a function of the files, the flags and the number of samples consumed so far. A
 resumed run therefore continues with the sample it would have had, for any number of data-parallel
@@ -7,7 +7,7 @@ ranks, and every tensor-parallel rank reads the files by itself.
 Which document and offset each sample begins at is kept in a directory beside the first corpus
 (`ml_train.index_cache`) for the next start.
 
-Shapes: B samples of a micro-batch, S tokens.
+Shapes: S tokens of a sample.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
@@ -27,6 +27,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from ml_models.flags import UsageError
+from ml_train.batches import Batch, Datasets
 from ml_train.corpora import (
     Corpus,
     absolute,
@@ -43,21 +44,37 @@ _BLENDED_SAMPLES = 4096
 """A small blend of many corpora can take a few samples more of one than megatron-core prepares,
 which it refuses; preparing this many was always enough."""
 
-
-class Samples(Protocol):
-    """A sequence of samples: dictionaries of (S,) tensors."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+_TENSORS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
-class Datasets(NamedTuple):
-    """The samples of each split; None for one that the run takes none of."""
+class CorpusSamples:
+    """The samples that megatron-core cuts a corpus, or a blend of several, into."""
 
-    train: Samples
-    valid: Samples | None
-    test: Samples | None
+    in_one_row = False
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        """Return how many there are: at least those of the run."""
+        return len(self._dataset)
+
+    def __getitem__(self, position: int) -> dict[str, torch.Tensor]:
+        """Return a sample: (S,) tensors."""
+        sample: dict[str, torch.Tensor] = self._dataset[position]
+        return sample
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """Return the samples at these positions of the run."""
+        samples = [self[position] for position in positions]
+        return {name: torch.stack([sample[name] for sample in samples]) for name in _TENSORS}
+
+    def source(self, position: int) -> str:
+        """Return the file that a sample is from."""
+        dataset = self._dataset
+        if isinstance(dataset, BlendedDataset):
+            dataset = dataset.datasets[dataset.dataset_index[position]]
+        return f"{dataset.dataset_path}.bin"
 
 
 def build_datasets(
@@ -93,75 +110,9 @@ def build_datasets(
         if torch.distributed.get_rank() == 0:
             plan.cache.discard()
         raise
-    return Datasets(*datasets)
-
-
-class TokenBatches:
-    """The micro-batches of one data-parallel rank.
-
-    Sample i of the data belongs to the same global batch for every micro-batch size and number of
-    ranks: of the samples after those consumed, each micro-batch takes `micro_batch_size` for every
-    rank in turn, as Megatron's sequential sampler does.
-    """
-
-    def __init__(
-        self,
-        dataset: Samples,
-        *,
-        micro_batch_size: int,
-        data_parallel_rank: int,
-        data_parallel_size: int,
-        vocab_size: int,
-        device: torch.device,
-    ) -> None:
-        self.dataset = dataset
-        self.micro_batch_size = micro_batch_size
-        self.data_parallel_rank = data_parallel_rank
-        self.data_parallel_size = data_parallel_size
-        self.vocab_size = vocab_size
-        self.device = device
-
-    def step(
-        self, consumed_samples: int, num_microbatches: int
-    ) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield the micro-batches of one step.
-
-        Args:
-            consumed_samples: Samples that all ranks together took before.
-            num_microbatches: How many to yield.
-
-        Yields:
-            On the device: `tokens`, `labels` and `position_ids`, (B, S) int64, and `loss_mask`,
-            (B, S) float32.
-
-        Raises:
-            UsageError: A token is not in the vocabulary.
-        """
-        for number in range(num_microbatches):
-            turn = number * self.data_parallel_size + self.data_parallel_rank
-            first = consumed_samples + turn * self.micro_batch_size
-            indices = range(first, first + self.micro_batch_size)
-            samples = [self.dataset[index] for index in indices]
-            batch = {name: torch.stack([sample[name] for sample in samples]) for name in _TENSORS}
-            self._check_vocabulary(batch, indices)
-            yield {
-                name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()
-            }
-
-    def _check_vocabulary(self, batch: dict[str, torch.Tensor], indices: Sequence[int]) -> None:
-        for tokens in (batch["tokens"], batch["labels"]):
-            outside = (tokens < 0) | (tokens >= self.vocab_size)
-            if outside.any():
-                row, column = outside.nonzero()[0].tolist()
-                raise UsageError(
-                    f"{_corpus_of(self.dataset, indices[row])}.bin: holds token "
-                    f"{int(tokens[row, column])}, which is not in a vocabulary of "
-                    f"{self.vocab_size}: the data was made with another tokenizer, or "
-                    "--vocab-size is wrong"
-                )
-
-
-_TENSORS = ("tokens", "labels", "loss_mask", "position_ids")
+    train, valid, test = (None if d is None else CorpusSamples(d) for d in datasets)
+    assert train is not None, "a run has training data"
+    return Datasets(train, valid, test)
 
 
 @dataclass(frozen=True)
@@ -259,10 +210,3 @@ def _build(config: DataConfig, plan: _Plan) -> list[Any]:
         GPTDataset, sizes, lambda: True, engine
     ).build()
     return datasets
-
-
-def _corpus_of(dataset: Any, index: int) -> str:
-    """Return the prefix of the corpus that a sample is from."""
-    if isinstance(dataset, BlendedDataset):
-        dataset = dataset.datasets[dataset.dataset_index[index]]
-    return str(dataset.dataset_path)

@@ -17,15 +17,26 @@ import torch
 
 from ml_parallel.platform import Device
 from ml_train import checkpoint
+from ml_train.batches import Batch, Datasets, Samples, TokenBatches
 from ml_train.build import Built, build
 from ml_train.config import PretrainConfig
-from ml_train.data import Datasets, Samples, TokenBatches, build_datasets
+from ml_train.data import build_datasets
+from ml_train.instruction_samples import build_instructions
 from ml_train.log_line import evaluation_line
 from ml_train.metrics import Reporter
 from ml_train.schedule import set_learning_rate
 from ml_train.signals import StopRequest
 from ml_train.state import Progress
-from ml_train.step import Batch, StepResult, evaluate, parameters_in_place, seed_step, train_step
+from ml_train.step import (
+    BatchShape,
+    StepResult,
+    Totals,
+    evaluate,
+    mean_loss,
+    parameters_in_place,
+    seed_step,
+    train_step,
+)
 from ml_train.together import on_rank_0
 
 
@@ -86,12 +97,12 @@ class Trainer:
             training.eval_iters * batch,
             training.eval_iters * batch if self.config.data.test_data_path else 0,
         )
-        return build_datasets(
-            self.config.data,
-            seq_length=training.seq_length,
-            seed=training.seed,
-            samples=samples,
-        )
+        given = {"seq_length": training.seq_length, "seed": training.seed}
+        if not self.config.data.is_instruction_dataset:
+            return build_datasets(self.config.data, samples=samples, **given)
+        # Kernels like a multiple of 8, and with --sequence-parallel ranks share a row.
+        multiple = math.lcm(8, self.built.place.tp_size)
+        return build_instructions(self.config.data, multiple=multiple, samples=samples, **given)
 
     def _reporter(self) -> Reporter:
         return Reporter(
@@ -103,10 +114,13 @@ class Trainer:
             iteration=self.progress.iteration,
         )
 
-    def _batches(self, dataset: Samples, consumed: int) -> Sequence[Iterator[Batch]]:
+    def _shape(self, samples: Samples) -> BatchShape:
+        return self.built.shape.in_one_row() if samples.in_one_row else self.built.shape
+
+    def _batches(self, samples: Samples, consumed: int) -> Sequence[Iterator[Batch]]:
         place, shape = self.built.place, self.built.shape
         batches = TokenBatches(
-            dataset,
+            samples,
             micro_batch_size=shape.micro_batch_size,
             data_parallel_rank=place.dp_rank,
             data_parallel_size=place.dp_size,
@@ -134,10 +148,12 @@ class Trainer:
             built.chunks,
             built.optimizer,
             self._batches(self.datasets.train, self.progress.consumed_samples),
-            built.shape,
+            self._shape(self.datasets.train),
             stop_requested=lambda: stop.received is not None,
         )
-        self.progress = _advance(self.progress, result, built.global_batch_size)
+        self.progress = _advance(
+            self.progress, result, built.global_batch_size, training.seq_length
+        )
         self.saved_in = None
         self.reporter.step(
             self.progress,
@@ -189,20 +205,21 @@ class Trainer:
 
     def _mean_loss(self, samples: Samples, stop: StopRequest) -> tuple[float | None, bool]:
         """Return the mean loss, None if a signal came before its end, and whether to stop."""
-        losses: list[float] = []
+        found: list[Totals] = []
         stop_now = False
         with parameters_in_place(self.built.chunks):
-            while len(losses) < self.config.training.eval_iters and not stop_now:
-                consumed = len(losses) * self.built.global_batch_size
-                loss, stop_now = evaluate(
+            while len(found) < self.config.training.eval_iters and not stop_now:
+                consumed = len(found) * self.built.global_batch_size
+                totals = evaluate(
                     self.built.chunks,
                     self._batches(samples, consumed),
-                    self.built.shape,
+                    self._shape(samples),
                     stop_requested=lambda: stop.received is not None,
                 )
-                losses.append(loss)
-        whole = len(losses) == self.config.training.eval_iters
-        return (math.fsum(losses) / len(losses) if whole else None), stop_now
+                found.append(totals)
+                stop_now = totals.stop_requested
+        whole = len(found) == self.config.training.eval_iters
+        return (mean_loss(found) if whole else None), stop_now
 
     def _save(self) -> None:
         config = self.config.checkpoint
@@ -220,11 +237,12 @@ class Trainer:
         return f"stopped by {cause} after step {self.progress.iteration}; {where}"
 
 
-def _advance(progress: Progress, result: StepResult, samples: int) -> Progress:
+def _advance(progress: Progress, result: StepResult, samples: int, seq_length: int) -> Progress:
     return replace(
         progress,
         iteration=progress.iteration + 1,
         consumed_samples=progress.consumed_samples + samples,
+        consumed_tokens=progress.consumed_tokens + round(samples * seq_length * result.filled),
         skipped_iterations=progress.skipped_iterations + (not result.updated),
         nan_iterations=progress.nan_iterations + (not math.isfinite(result.loss)),
     )

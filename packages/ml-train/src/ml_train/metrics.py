@@ -182,11 +182,16 @@ class Meter:
         self._world_size = world_size
         self._padded_vocab_size = padded_vocab_size
         self._peak = matmul_peak(device, getattr(torch, config.training.dtype))
-        self._flops = model_flops_per_iteration(
-            config.model,
-            batch,
-            seq_length=config.training.seq_length,
-            padded_vocab_size=padded_vocab_size,
+        self._flops = self._flops_of(config.training.seq_length, config.training.seq_length)
+
+    def _flops_of(self, seq_length: float, keys: float) -> float:
+        """Return the FLOP of a step whose samples and sequences are so long, on average."""
+        return model_flops_per_iteration(
+            self._config.model,
+            self._batch,
+            seq_length=seq_length,
+            padded_vocab_size=self._padded_vocab_size,
+            keys=keys,
         )
 
     def measure(
@@ -198,16 +203,18 @@ class Meter:
         seconds: float,
     ) -> StepMetrics:
         """Return the metrics of a step; the arguments are those of `Reporter.step`."""
-        world_size, length = self._world_size, self._config.training.seq_length
-        tflops = tflops_per_device(self._flops, world_size=world_size, seconds=seconds)
+        world_size = self._world_size
+        computed = self._config.training.seq_length * result.filled
+        flops = self._flops_of(computed, result.keys)
+        tflops = tflops_per_device(flops, world_size=world_size, seconds=seconds)
         tokens = tokens_per_second_per_device(
-            self._batch, length, world_size=world_size, seconds=seconds
+            self._batch, computed, world_size=world_size, seconds=seconds
         )
         return StepMetrics(
             iteration=progress.iteration,
             train_iters=self._config.training.train_iters,
             consumed_samples=progress.consumed_samples,
-            consumed_tokens=progress.consumed_samples * length,
+            consumed_tokens=progress.consumed_tokens,
             elapsed_seconds=seconds,
             learning_rate=learning_rate,
             global_batch_size=self._batch,

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from ml_models.flags import UsageError, parse
 from ml_train.config import PretrainConfig, check_world, with_vocabulary
-from ml_train.corpora import common_tokenizer, read_corpora, read_descriptions
+from ml_train.corpora import TokensInfo, common_tokenizer, read_corpora, read_descriptions
+from ml_train.instructions import describe_instructions, open_instructions
 from ml_train.launch import launch, under_launcher
 from ml_train.signals import StopRequest
 
@@ -37,9 +38,7 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 def _run(argv: Sequence[str], prog: str, stop: StopRequest) -> int:
     config = parse(PretrainConfig, argv, prog=prog, description="Pre-train a model.")
-    # An index can be large: one process of a node reads it here, and rank 0 once it needs it.
-    read = read_descriptions if under_launcher() else read_corpora
-    config = with_vocabulary(config, common_tokenizer(read(config.data)))
+    config = with_vocabulary(config, _tokenizer(config))
     if under_launcher():
         return _rank(check_world(config, int(os.environ["WORLD_SIZE"])), prog, stop)
     config = check_world(config, config.launch.world_size)
@@ -50,6 +49,20 @@ def _run(argv: Sequence[str], prog: str, stop: StopRequest) -> int:
     quiet = "signal.signal(signal.SIGINT, signal.SIG_DFL)"  # Ctrl-C meanwhile is no traceback
     program = f"{where}; {quiet}; from ml_train.cli import main; sys.exit(main())"
     return launch([sys.executable, "-c", program, "pretrain", *argv], config.launch)
+
+
+def _tokenizer(config: PretrainConfig) -> TokensInfo | None:
+    """Return what made the data, having checked them where a user waits for it.
+
+    An index can be large: one process of a node reads it here, and rank 0 once it needs it.
+    """
+    data = config.data
+    if not data.is_instruction_dataset:
+        read = read_descriptions if under_launcher() else read_corpora
+        return common_tokenizer(read(data))
+    if not under_launcher():
+        open_instructions(data, config.training.seq_length)
+    return common_tokenizer(describe_instructions(data))
 
 
 def _rank(config: PretrainConfig, prog: str, stop: StopRequest) -> int:

@@ -134,6 +134,7 @@ def _restore_run(source: _Source, state: TrainingState) -> Progress:
     return Progress(
         iteration=int(source.common["iteration"]),
         consumed_samples=int(source.args["consumed_train_samples"]),
+        consumed_tokens=int(source.args.get("consumed_train_tokens", 0)),
         skipped_iterations=int(source.args["skipped_iterations"]),
         nan_iterations=int(source.args["nan_iterations"]),
     )

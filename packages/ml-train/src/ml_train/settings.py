@@ -43,6 +43,11 @@ class DataConfig:
     corpus."""
     eod_mask_loss: bool = False
     """Leave the prediction of what follows an end-of-document token out of the loss."""
+    is_instruction_dataset: bool = False
+    """The data are of `ml-data instruct`: samples are conversations, and the loss sees answers."""
+    variable_seq_lengths: bool = False
+    """With --is-instruction-dataset: a micro-batch is as long as its longest sample, up to a
+    multiple of 8, instead of --seq-length."""
 
     def __post_init__(self) -> None:
         single = (self.train_data_path, self.valid_data_path, self.test_data_path)
@@ -50,6 +55,16 @@ class DataConfig:
             raise ValueError("--data-path excludes --train-data-path and its kin: give one of them")
         if not self.data_path and not self.train_data_path:
             raise ValueError("missing --data-path (or --train-data-path): what to train on")
+        if self.variable_seq_lengths and not self.is_instruction_dataset:
+            raise ValueError(
+                "--variable-seq-lengths needs --is-instruction-dataset: samples of pre-training "
+                "data are all --seq-length long"
+            )
+        if self.eod_mask_loss and self.is_instruction_dataset:
+            raise ValueError(
+                "--eod-mask-loss is for pre-training data: --is-instruction-dataset says itself "
+                "what the loss sees"
+            )
         _check_split(self.split)
         _ = self.blends  # their words are checked as they are read
 

@@ -26,6 +26,8 @@ class Progress:
 
     iteration: int = 0
     consumed_samples: int = 0
+    consumed_tokens: int = 0
+    """Padding included."""
     skipped_iterations: int = 0
     nan_iterations: int = 0
 

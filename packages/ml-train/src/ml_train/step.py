@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -26,9 +26,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.utils import clip_grads_with_norm_
 
+from ml_models.packing import PackedSequences
 from ml_parallel.groups import Place
-
-Batch = dict[str, torch.Tensor]
+from ml_train.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,38 @@ class BatchShape:
     micro_batch_size: int
     seq_length: int
     num_microbatches: int
+
+    def in_one_row(self) -> BatchShape:
+        """Return the shape of batches whose samples share a row."""
+        return BatchShape(1, self.micro_batch_size * self.seq_length, self.num_microbatches)
+
+
+class Report(NamedTuple):
+    """What the last stage of a pipeline knows of a micro-batch."""
+
+    loss: torch.Tensor
+    """Sum over its tokens that count."""
+    tokens: torch.Tensor
+    """Number of those."""
+    computed: int
+    """Number of all."""
+    pairs: int
+    """Pairs of those in the same sequence."""
+
+
+class Totals(NamedTuple):
+    """What all reports of a global batch say together; the same on every rank."""
+
+    loss: float
+    """Sum over the tokens that count."""
+    tokens: float
+    """Number of those; as the sum, of each tensor-parallel rank."""
+    stop_requested: bool
+    """Whether any rank was asked to stop."""
+    filled: float
+    """See `StepResult`."""
+    keys: float
+    """See `StepResult`."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +84,11 @@ class StepResult:
     """Whether the weights changed."""
     stop_requested: bool
     """Whether any rank was asked to stop."""
+    filled: float
+    """Tokens computed, as a part of --seq-length for every sample: less than 1 only with
+    --variable-seq-lengths."""
+    keys: float
+    """Tokens of its sequence, for a computed token on average."""
 
     @property
     def finite(self) -> bool:
@@ -122,8 +159,9 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    losses = _run_schedule(chunks, batches, shape, forward_only=False)
-    loss, stop = _reduce(losses, stop_requested())
+    reports = _run_schedule(chunks, batches, shape, forward_only=False)
+    totals = _reduce(reports, shape, stop_requested())
+    loss = mean_loss([totals])
     overflow = optimizer.prepare_grads()
     grad_norm = math.inf if overflow else float(optimizer.get_grad_norm())
     updated = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -131,7 +169,9 @@ def train_step(
         _clip(optimizer, grad_norm)
         optimizer.step_with_ready_grads()
     _balance_experts(chunks, updated=updated)
-    return StepResult(loss, grad_norm, updated, stop)
+    return StepResult(
+        loss, grad_norm, updated, totals.stop_requested, totals.filled, totals.keys
+    )
 
 
 def evaluate(
@@ -140,19 +180,21 @@ def evaluate(
     shape: BatchShape,
     *,
     stop_requested: Callable[[], bool],
-) -> tuple[float, bool]:
-    """Compute the loss of a global batch, without dropout or gradients.
-
-    Returns:
-        The mean in nats, and whether any rank was asked to stop.
-    """
+) -> Totals:
+    """Compute the loss of a global batch, without dropout or gradients."""
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
-        losses = _run_schedule(chunks, batches, shape, forward_only=True)
+        reports = _run_schedule(chunks, batches, shape, forward_only=True)
     for chunk in chunks:
         chunk.train()
-    return _reduce(losses, stop_requested())
+    return _reduce(reports, shape, stop_requested())
+
+
+def mean_loss(batches: Sequence[Totals]) -> float:
+    """Return the mean over all tokens of global batches that count, in nats."""
+    tokens = math.fsum(totals.tokens for totals in batches)
+    return math.fsum(totals.loss for totals in batches) / tokens if tokens else math.nan
 
 
 @contextmanager
@@ -174,7 +216,7 @@ def _run_schedule(
     shape: BatchShape,
     *,
     forward_only: bool,
-) -> list[dict[str, torch.Tensor]]:
+) -> list[Report]:
     several = len(chunks) > 1
     return get_forward_backward_func()(
         forward_step_func=_forward,
@@ -189,33 +231,48 @@ def _run_schedule(
 
 def _forward(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])  # (B, S)
-    return losses, partial(_sum_loss, batch["loss_mask"])
+    tokens, positions, packed = batch["tokens"], batch["position_ids"], None
+    pairs = tokens.numel() * tokens.shape[1]
+    if "sequence_ends" in batch:
+        packed = PackedSequences(tuple(batch["sequence_ends"].tolist()), positions[0])
+        pairs = packed.pairs
+    losses = model(  # (B, S)
+        tokens,
+        positions,
+        None,
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+        packed_seq_params=packed,
+    )
+    return losses, partial(_sum_loss, batch["loss_mask"], pairs)
 
 
 def _sum_loss(
-    mask: torch.Tensor, losses: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    mask: torch.Tensor, pairs: int, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, Report]:
     """Return the summed loss and the number of tokens: the mean is taken over the global batch."""
     total, tokens = (losses * mask).sum(), mask.sum()
-    report = {"loss": total.detach(), "tokens": tokens}
+    report = Report(total.detach(), tokens, losses.numel(), pairs)
     return total, tokens.to(torch.int), report
 
 
-def _reduce(losses: Sequence[dict[str, torch.Tensor]], stop: bool) -> tuple[float, bool]:
-    """Return the mean loss, and whether any rank wants to stop, on every rank.
+def _reduce(reports: Sequence[Report], shape: BatchShape, stop: bool) -> Totals:
+    """Add up the reports of all ranks.
 
     Only the last pipeline stage has losses; its tensor-parallel ranks all have the same ones, which
-    cancels in the mean.
+    cancels in the means.
     """
-    totals = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
-    for report in losses:
-        totals[0] += report["loss"]
-        totals[1] += report["tokens"]
+    totals = torch.zeros(6, dtype=torch.float64, device=torch.cuda.current_device())
+    for report in reports:
+        totals[0] += report.loss
+        totals[1] += report.tokens
     totals[2] = float(stop)
+    totals[3] = sum(report.computed for report in reports)
+    totals[4] = len(reports) * shape.micro_batch_size * shape.seq_length
+    totals[5] = sum(report.pairs for report in reports)
     torch.distributed.all_reduce(totals)
-    loss, tokens, stops = totals.tolist()
-    return (loss / tokens if tokens else math.nan), stops > 0
+    loss, tokens, stops, computed, most, pairs = totals.tolist()
+    return Totals(loss, tokens, stops > 0, computed / most, pairs / computed)
 
 
 @torch.no_grad()

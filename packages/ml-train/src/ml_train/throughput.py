@@ -22,6 +22,7 @@ class StepMetrics:
     consumed_samples: int
     """Over all ranks, with this step's."""
     consumed_tokens: int
+    """Computed for those samples, padding included."""
     elapsed_seconds: float
     learning_rate: float
     """Of this step."""
@@ -45,22 +46,31 @@ def average(steps: Sequence[StepMetrics]) -> StepMetrics:
     """Return what a line about several steps in a row says; what is no mean is the last one's."""
     last = steps[-1]
     losses = [step.loss for step in steps if not step.skipped_iterations]
-    seconds = math.fsum(step.elapsed_seconds for step in steps) / len(steps)
-    speed = last.elapsed_seconds / seconds
+    seconds = math.fsum(step.elapsed_seconds for step in steps)
+
+    def over_time(name: str) -> float:
+        done = (getattr(step, name) * step.elapsed_seconds for step in steps)
+        return math.fsum(done) / seconds
+
     return replace(
         last,
-        elapsed_seconds=seconds,
+        elapsed_seconds=seconds / len(steps),
         loss=math.fsum(losses) / len(losses) if losses else last.loss,
         skipped_iterations=sum(step.skipped_iterations for step in steps),
         nan_iterations=sum(step.nan_iterations for step in steps),
-        tokens_per_second_per_device=last.tokens_per_second_per_device * speed,
-        tflops_per_device=last.tflops_per_device * speed,
-        mfu=last.mfu * speed,
+        tokens_per_second_per_device=over_time("tokens_per_second_per_device"),
+        tflops_per_device=over_time("tflops_per_device"),
+        mfu=over_time("mfu"),
     )
 
 
 def model_flops_per_iteration(
-    arch: Architecture, global_batch_size: int, *, seq_length: int, padded_vocab_size: int
+    arch: Architecture,
+    global_batch_size: int,
+    *,
+    seq_length: float,
+    padded_vocab_size: int,
+    keys: float | None = None,
 ) -> float:
     """Return the FLOP of forward and backward that the model needs, as Megatron counts them.
 
@@ -69,12 +79,20 @@ def model_flops_per_iteration(
     Where a head is hidden size / number of heads wide, and there are no experts, this is
 
         12 B s L h^2 (1 + ffn/h g + ng/nh + s/h + V/(2 L h)),    g = 1.5 with a gated MLP, else 1
+
+    Args:
+        arch: The model.
+        global_batch_size: B.
+        seq_length: s; of samples of several lengths, the mean.
+        padded_vocab_size: V.
+        keys: Tokens of its sequence, for a token on average; s if None.
     """
+    attended = seq_length if keys is None else keys
     projections = _projections(arch)
-    products = arch.hidden_size * padded_vocab_size
+    products: float = arch.hidden_size * padded_vocab_size
     for layer, window in enumerate(arch.windows):
-        keys = min(seq_length, window or seq_length)
-        products += projections + _scores(arch, keys) + _feed_forward(arch, layer)
+        seen = min(attended, window or attended)
+        products += projections + _scores(arch, seen) + _feed_forward(arch, layer)
     forward = 2.0 * products * global_batch_size * seq_length
     return 3.0 * forward
 
@@ -93,7 +111,7 @@ def _projections(arch: Architecture) -> int:
     return query + hidden * (latent + position) + up + values * hidden
 
 
-def _scores(arch: Architecture, keys: int) -> int:
+def _scores(arch: Architecture, keys: float) -> float:
     """Count the multiplications of a token with so many keys and values."""
     return arch.num_attention_heads * (arch.head_dim + arch.value_head_dim) * keys
 
@@ -108,7 +126,7 @@ def _feed_forward(arch: Architecture, layer: int) -> int:
 
 
 def tokens_per_second_per_device(
-    global_batch_size: int, seq_length: int, *, world_size: int, seconds: float
+    global_batch_size: int, seq_length: float, *, world_size: int, seconds: float
 ) -> float:
     """Return tokens/s of one device from the time of a step."""
     return global_batch_size * seq_length / (world_size * seconds)

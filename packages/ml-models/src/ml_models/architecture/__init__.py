@@ -15,7 +15,7 @@ from ml_models.architecture.attention import Attention
 from ml_models.architecture.block import Block
 from ml_models.architecture.experts import Experts
 from ml_models.architecture.positions import Positions
-from ml_models.architecture.rules import at_least_one, flag
+from ml_models.architecture.rules import at_least_one, check_needs, flag
 
 __all__ = ["Architecture"]
 
@@ -32,6 +32,7 @@ class Architecture(Experts, Positions, Attention, Block):
         if self.vocab_size < 0:
             given = flag("vocab_size", self.vocab_size)
             raise ValueError(f"{given}: must be at least 1, or 0 for the tokenizer's")
+        check_needs(self)
         self._check_block()
         self._check_positions()
         self._check_attention()

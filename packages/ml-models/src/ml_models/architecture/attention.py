@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ml_models.architecture.rules import at_least_one, flag, one_of, only_with, per_layer, positive
+from ml_models.architecture.rules import at_least_one, flag, needs, one_of, per_layer, positive
 
 _LATENT = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+_WITH_LATENT = needs("multi_latent_attention")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,31 +37,33 @@ class Attention:
     """learnable: each head has a logit that takes its share of the softmax (gpt-oss)."""
     sliding_window: int | None = None
     """A query sees this many keys, its own included, where the layer has a window."""
-    window_attn_skip_freq: tuple[int, ...] | None = None
+    window_attn_skip_freq: tuple[int, ...] | None = field(
+        default=None, metadata=needs("sliding_window")
+    )
     """Layers without a window: n for every n-th one, or for each layer 0 (none) or 1 (window)."""
     multi_latent_attention: bool = field(
         default=False, metadata={"aliases": ("--multi-head-latent-attention",)}
     )
     """DeepSeek's attention: keys and values are computed from one short latent vector."""
-    q_lora_rank: int | None = None
+    q_lora_rank: int | None = field(default=None, metadata=_WITH_LATENT)
     """Size of the latent vector of queries; none: queries are projected directly."""
-    kv_lora_rank: int | None = None
+    kv_lora_rank: int | None = field(default=None, metadata=_WITH_LATENT)
     """Size of the latent vector of keys and values."""
-    qk_head_dim: int | None = field(default=None, metadata={"aliases": ("--qk-nope-head-dim",)})
+    qk_head_dim: int | None = field(
+        default=None, metadata={"aliases": ("--qk-nope-head-dim",), **_WITH_LATENT}
+    )
     """Channels of a head of query and key that carry no position."""
     qk_pos_emb_head_dim: int | None = field(
-        default=None, metadata={"aliases": ("--qk-rope-head-dim",)}
+        default=None, metadata={"aliases": ("--qk-rope-head-dim",), **_WITH_LATENT}
     )
     """Channels of a head of query and key that carry the position."""
-    v_head_dim: int | None = None
+    v_head_dim: int | None = field(default=None, metadata=_WITH_LATENT)
     """Size of a head of the values."""
 
     def _check_attention(self) -> None:
         at_least_one(self, ("num_query_groups", "kv_channels", "sliding_window", *_LATENT))
         positive(self, ("softmax_scale", "attn_logit_softcapping"))
         one_of(self, "softmax_type", ("vanilla", "learnable"))
-        only_with(self, "sliding_window", ("window_attn_skip_freq",))
-        only_with(self, "multi_latent_attention", _LATENT)
         windows = self.windows
         if len(self.window_attn_skip_freq or ()) > 1:
             object.__setattr__(self, "window_attn_skip_freq", _shortest(windows))

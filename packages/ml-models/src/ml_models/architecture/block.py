@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ml_models.architecture.rules import one_of, only_with, positive
+from ml_models.architecture.rules import needs, one_of, positive
 
 _GATED = ("swiglu", "geglu", "quick_geglu")
 
@@ -34,9 +34,9 @@ class Block:
     """Gated MLP: gelu(gate) * up, with the tanh approximation of gelu."""
     quick_geglu: bool = False
     """Gated MLP: gate * sigmoid(1.702 gate) * up (gpt-oss)."""
-    activation_func_clamp_value: float | None = None
+    activation_func_clamp_value: float | None = field(default=None, metadata=needs("quick_geglu"))
     """quick_geglu: gate is at most this, up at most this in either direction."""
-    glu_linear_offset: float = 0.0
+    glu_linear_offset: float = field(default=0.0, metadata=needs("quick_geglu"))
     """quick_geglu: added to up."""
     approximate_gelu: bool = False
     """Without a gate: the tanh approximation of gelu (GPT-2, Bloom)."""
@@ -68,7 +68,6 @@ class Block:
         positive(self, ("norm_epsilon", "init_method_std", "activation_func_clamp_value"))
         positive(self, ("embedding_multiplier_scale", "output_multiplier_scale"))
         positive(self, ("final_logit_softcapping",))
-        only_with(self, "quick_geglu", ("activation_func_clamp_value", "glu_linear_offset"))
         chosen = [name for name in _GATED if getattr(self, name)]
         if len(chosen) > 1:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in chosen)

@@ -8,25 +8,14 @@ from typing import Literal
 from ml_models.architecture.rules import (
     at_least_one,
     flag,
+    needs,
     not_negative,
     one_of,
-    only_with,
     per_layer,
     positive,
 )
 
-_NEED_EXPERTS = (
-    "moe_ffn_hidden_size",
-    "first_k_dense_replace",
-    "n_shared_experts",
-    "moe_shared_expert_intermediate_size",
-    "moe_shared_expert_gate",
-    "moe_router_pre_softmax",
-    "norm_topk_prob",
-    "moe_router_num_groups",
-    "moe_router_group_topk",
-    "moe_router_enable_expert_bias",
-)
+_WITH_EXPERTS = needs("num_experts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,47 +26,59 @@ class Experts:
     """Number of transformer layers."""
     num_experts: int | None = None
     """Number of experts in a layer; default none: every layer has one MLP."""
-    moe_router_topk: int = 2
+    moe_router_topk: int = field(default=2, metadata=_WITH_EXPERTS)
     """Experts that a token goes to."""
     moe_ffn_hidden_size: int | None = field(
-        default=None, metadata={"aliases": ("--moe-intermediate-size",)}
+        default=None, metadata={"aliases": ("--moe-intermediate-size",), **_WITH_EXPERTS}
     )
     """Width of one expert; default that of an MLP."""
-    moe_layer_freq: tuple[int, ...] = (1,)
+    moe_layer_freq: tuple[int, ...] = field(default=(1,), metadata=_WITH_EXPERTS)
     """Layers with experts: n for every n-th one from layer 0, or for each layer 0 (none) or 1."""
-    first_k_dense_replace: int = 0
+    first_k_dense_replace: int = field(default=0, metadata=_WITH_EXPERTS)
     """The first layers have no experts, this many."""
-    n_shared_experts: int | None = None
+    n_shared_experts: int | None = field(default=None, metadata=_WITH_EXPERTS)
     """Experts that every token goes to; together they are one MLP."""
-    moe_shared_expert_intermediate_size: int | None = None
+    moe_shared_expert_intermediate_size: int | None = field(default=None, metadata=_WITH_EXPERTS)
     """Width of the shared experts together; default their number times that of an expert."""
-    moe_shared_expert_gate: bool = False
+    moe_shared_expert_gate: bool = field(
+        default=False, metadata=needs("n_shared_experts", "moe_shared_expert_intermediate_size")
+    )
     """Weigh the shared experts by a gate of their own."""
-    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    moe_router_score_function: Literal["softmax", "sigmoid"] = field(
+        default="softmax", metadata=_WITH_EXPERTS
+    )
     """What turns the router's logits into scores."""
-    moe_router_pre_softmax: bool = False
+    moe_router_pre_softmax: bool = field(default=False, metadata=_WITH_EXPERTS)
     """Take the softmax over all experts; without it, over those that were chosen."""
-    norm_topk_prob: bool = False
+    norm_topk_prob: bool = field(default=False, metadata=_WITH_EXPERTS)
     """Divide the scores of the chosen experts by their sum."""
     routed_scaling_factor: float = field(
-        default=1.0, metadata={"aliases": ("--moe-router-topk-scaling-factor",)}
+        default=1.0, metadata={"aliases": ("--moe-router-topk-scaling-factor",), **_WITH_EXPERTS}
     )
     """Multiplies the scores of the chosen experts."""
-    moe_router_num_groups: int | None = None
+    moe_router_num_groups: int | None = field(default=None, metadata=_WITH_EXPERTS)
     """Choose among groups of experts first, this many."""
-    moe_router_group_topk: int | None = field(default=None, metadata={"aliases": ("--topk-group",)})
+    moe_router_group_topk: int | None = field(
+        default=None, metadata={"aliases": ("--topk-group",), **_WITH_EXPERTS}
+    )
     """Groups that stay in the choice."""
-    moe_router_group_score: Literal["max", "top2_sum"] = "max"
+    moe_router_group_score: Literal["max", "top2_sum"] = field(
+        default="max", metadata=_WITH_EXPERTS
+    )
     """A group counts as much as its best expert (DeepSeek-V2), or its best two (DeepSeek-V3)."""
-    moe_router_enable_expert_bias: bool = False
+    moe_router_enable_expert_bias: bool = field(default=False, metadata=_WITH_EXPERTS)
     """Add a bias to the scores for the choice only, to balance without a loss (DeepSeek-V3)."""
+    moe_router_bias_update_rate: float = field(
+        default=1e-3, compare=False, metadata=needs("moe_router_enable_expert_bias")
+    )
+    """How much a bias changes in a step, up if its expert had less than its share of the tokens."""
     moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "none"] = field(
-        default="aux_loss", compare=False
+        default="aux_loss", compare=False, metadata=_WITH_EXPERTS
     )
     """How the router learns to use all experts alike."""
-    moe_aux_loss_coeff: float = field(default=0.0, compare=False)
+    moe_aux_loss_coeff: float = field(default=0.0, compare=False, metadata=_WITH_EXPERTS)
     """Weight of the loss that balances experts."""
-    moe_z_loss_coeff: float = field(default=0.0, compare=False)
+    moe_z_loss_coeff: float = field(default=0.0, compare=False, metadata=_WITH_EXPERTS)
     """Weight of the loss that keeps the router's logits small."""
 
     def _check_experts(self) -> None:
@@ -89,7 +90,7 @@ class Experts:
         at_least_one(self, ("moe_shared_expert_intermediate_size",))
         positive(self, ("routed_scaling_factor",))
         not_negative(self, ("first_k_dense_replace", "moe_aux_loss_coeff", "moe_z_loss_coeff"))
-        only_with(self, "num_experts", _NEED_EXPERTS)
+        not_negative(self, ("moe_router_bias_update_rate",))
         marked = per_layer("moe_layer_freq", self.moe_layer_freq, self.num_layers, first=0)
         if len(self.moe_layer_freq) > 1:
             for name, value in _shortest(marked, self.first_k_dense_replace).items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ml_models.architecture.rules import flag, one_of, only_with, per_layer, positive
+from ml_models.architecture.rules import flag, needs, one_of, per_layer, positive
 
 PositionEmbeddingType = Literal["learned_absolute", "rope", "alibi", "none"]
 RopeScalingType = Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
@@ -20,6 +20,9 @@ _NEEDS = {
         "rope_scaling_long_factors",
     ),
 }
+_WITH_ROPE = needs(position_embedding_type="rope")
+_STRETCHED = needs("rope_scaling_type")
+_YARN = needs(rope_scaling_type="yarn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,43 +41,50 @@ class Positions:
     """ModelLink's choice of how ALiBi is added up; the result is the same."""
     fill_neg_inf: bool = field(default=False, compare=False)
     """ModelLink's choice of how ALiBi hides later tokens; the result is the same."""
-    rotary_base: float = 10000.0
+    rotary_base: float = field(default=10000.0, metadata=_WITH_ROPE)
     """Base of the rotary frequencies (rope_theta)."""
-    rotary_percent: float = 1.0
+    rotary_percent: float = field(default=1.0, metadata=_WITH_ROPE)
     """Share of a head's channels that turn with the position, the first ones."""
-    rotary_interleaved: bool = False
+    rotary_interleaved: bool = field(default=False, metadata=_WITH_ROPE)
     """Channels 2i and 2i + 1 turn as a pair (ChatGLM, GLM-4), not i and i + half."""
-    no_rope_freq: tuple[int, ...] | None = None
+    no_rope_freq: tuple[int, ...] | None = field(default=None, metadata=_WITH_ROPE)
     """Layers without positions: n for every n-th one, or for each layer 0 (positions) or 1."""
-    rotary_base_local: float | None = None
+    rotary_base_local: float | None = field(default=None, metadata=needs("sliding_window"))
     """Base of the rotary frequencies of layers with a window, unscaled (Gemma 3)."""
-    rope_scaling_type: RopeScalingType | None = None
+    rope_scaling_type: RopeScalingType | None = field(default=None, metadata=_WITH_ROPE)
     """Stretch the rotary frequencies for longer sequences than were trained on."""
-    rope_scaling_factor: float = 1.0
+    rope_scaling_factor: float = field(default=1.0, metadata=_STRETCHED)
     """How many times longer."""
     original_max_position_embeddings: int | None = field(
-        default=None, metadata={"aliases": ("--rope-scaling-original-max-position-embeddings",)}
+        default=None,
+        metadata={"aliases": ("--rope-scaling-original-max-position-embeddings",), **_STRETCHED},
     )
     """Sequence length before stretching, in tokens."""
-    low_freq_factor: float | None = None
+    low_freq_factor: float | None = field(default=None, metadata=needs(rope_scaling_type="llama3"))
     """llama3: pairs that turn fewer times than this in the original length are stretched fully."""
-    high_freq_factor: float | None = None
+    high_freq_factor: float | None = field(default=None, metadata=needs(rope_scaling_type="llama3"))
     """llama3: pairs that turn more often than this are left alone."""
-    rope_scaling_beta_fast: float = 32.0
+    rope_scaling_beta_fast: float = field(default=32.0, metadata=_YARN)
     """yarn: pairs that turn at least this often in the original length are left alone."""
-    rope_scaling_beta_slow: float = 1.0
+    rope_scaling_beta_slow: float = field(default=1.0, metadata=_YARN)
     """yarn: pairs that turn at most this often are stretched fully."""
-    rope_scaling_mscale: float = 1.0
+    rope_scaling_mscale: float = field(default=1.0, metadata=_YARN)
     """yarn: strength of the scale of sine and cosine."""
-    rope_scaling_mscale_all_dim: float = 0.0
+    rope_scaling_mscale_all_dim: float = field(default=0.0, metadata=_YARN)
     """yarn: part of the scale that multiplies the scores with latent attention (squared)."""
-    rope_scaling_attention_factor: float | None = None
+    rope_scaling_attention_factor: float | None = field(
+        default=None, metadata=needs(rope_scaling_type=("yarn", "longrope"))
+    )
     """yarn, longrope: the scale of sine and cosine itself, in place of the rule."""
-    rope_scaling_truncate: bool = True
+    rope_scaling_truncate: bool = field(default=True, metadata=_YARN)
     """yarn: round the ends of the ramp to whole pairs (gpt-oss does not)."""
-    rope_scaling_short_factors: tuple[float, ...] | None = None
+    rope_scaling_short_factors: tuple[float, ...] | None = field(
+        default=None, metadata=needs(rope_scaling_type="longrope")
+    )
     """longrope: divisor of each frequency up to the original length."""
-    rope_scaling_long_factors: tuple[float, ...] | None = None
+    rope_scaling_long_factors: tuple[float, ...] | None = field(
+        default=None, metadata=needs(rope_scaling_type="longrope")
+    )
     """longrope: divisor of each frequency beyond the original length."""
 
     def _check_positions(self) -> None:
@@ -93,8 +103,6 @@ class Positions:
         if self.rope_scaling_factor < 1:
             given = flag("rope_scaling_factor", self.rope_scaling_factor)
             raise ValueError(f"{given}: must be at least 1")
-        stretched = {name for names in _NEEDS.values() for name in names}
-        only_with(self, "rope_scaling_type", sorted(stretched))
         for name in _NEEDS.get(self.rope_scaling_type or "", ()):
             if getattr(self, name) is None:
                 raise ValueError(

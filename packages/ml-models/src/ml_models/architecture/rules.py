@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
+
+_NEEDS = "needs"
 
 
 def flag(name: str, value: object = "") -> str:
@@ -59,16 +62,42 @@ def one_of(arch: Any, name: str, valid: Iterable[object]) -> None:
         raise ValueError(f"{flag(name, getattr(arch, name))}: valid are {listed}")
 
 
-def only_with(arch: Any, switch: str, names: Iterable[str]) -> None:
-    """Check that values that mean nothing without another are not given without it.
+def needs(*switches: str, **values: str | tuple[str, ...]) -> dict[str, Any]:
+    """Return the metadata of a field that means nothing without another.
+
+    Args:
+        switches: Fields one of which must be given.
+        values: A field, and the value or values it must have.
+    """
+    return {_NEEDS: {**dict.fromkeys(switches), **values}}
+
+
+def check_needs(arch: Any) -> None:
+    """Check that nothing is given that means nothing without what is not given.
 
     Raises:
-        ValueError: One is.
+        ValueError: A field is not at its default, though those it needs are.
     """
-    for name in names:
-        value = getattr(arch, name)
-        if value and not getattr(arch, switch):
-            raise ValueError(f"{flag(name, value)}: means nothing without {flag(switch)}")
+    for field in fields(arch):
+        needed, value = field.metadata.get(_NEEDS), getattr(arch, field.name)
+        if needed is None or value == field.default:
+            continue
+        if not any(_is_given(getattr(arch, name), wanted) for name, wanted in needed.items()):
+            names = (flag(name, _listed(wanted, " or ")) for name, wanted in needed.items())
+            given = flag(field.name, _listed(value, ","))
+            raise ValueError(f"{given}: means nothing without {' or '.join(names)}")
+
+
+def _is_given(value: Any, wanted: Any) -> bool:
+    if wanted is None:
+        return bool(value)
+    return value in (wanted if isinstance(wanted, tuple) else (wanted,))
+
+
+def _listed(value: Any, separator: str) -> str:
+    if value is None or value is True:
+        return ""
+    return separator.join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def per_layer(
