@@ -62,6 +62,19 @@ def test_conversion_is_compared_with_copying_and_with_transformers() -> None:
     assert re.search(r"^`ml-convert --help` takes 0\.\d+ CPU seconds", printed, re.M)
 
 
+@pytest.mark.slow
+def test_preparing_data_is_compared_with_the_tokenizer_alone() -> None:
+    printed = run("data.py")
+    found = rows(printed)
+    for backend in ("`tokenizers`", "`gigatoken`"):
+        _, ratio, _, first_token, memory = found[backend]
+        assert float(ratio) > 0
+        assert 0 < float(first_token) < 60  # seconds
+        assert 100 < float(memory) < 500  # MB, of all processes
+    assert "All backends wrote the same files." in printed
+    assert list(found)[-3:] == ["pre-training", "instruction", "instruction, packed"]
+
+
 def test_an_operator_that_is_not_timed_is_refused() -> None:
     command = [sys.executable, BENCH / "kernels.py", "rmsnorm"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

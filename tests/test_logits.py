@@ -9,22 +9,13 @@ from typing import NamedTuple
 import numpy
 import pytest
 import torch
+from harness import pretrain_config
 
 from ml_convert.cli import main as ml_convert
-from ml_models.dropout import Dropout
 from ml_models.registry import family_for
 from ml_parallel.testing import run_ranks
 from ml_parallel.topology import Topology
-from ml_train.config import (
-    Adam,
-    CheckpointConfig,
-    PretrainConfig,
-    Training,
-    Vocabulary,
-    check_world,
-)
-from ml_train.launch import LaunchConfig
-from ml_train.settings import DataConfig, LearningRate, LogConfig
+from ml_train.config import check_world
 
 BATCH, SEQUENCE = 4, 48
 TOKENS = torch.randint(
@@ -105,23 +96,6 @@ def convert(source, target, topology):
     assert ml_convert(arguments) == 0
 
 
-def pretrain_config(hf_config, topology):
-    """Return the flags of a run whose global batch is TOKENS, a sample at a time."""
-    return PretrainConfig(
-        model=family_for(hf_config).from_hf(hf_config),
-        parallel=topology,
-        dropout=Dropout(),
-        training=Training(train_iters=1, seq_length=SEQUENCE, global_batch_size=BATCH),
-        vocabulary=Vocabulary(make_vocab_size_divisible_by=16),
-        data=DataConfig(data_path=("TOKENS",)),
-        optimizer=Adam(),
-        learning_rate=LearningRate(lr=1e-3),
-        checkpoint=CheckpointConfig(),
-        log=LogConfig(),
-        launch=LaunchConfig(),
-    )
-
-
 def logits_loss_and_gradients(weights, gradients, config):
     """Return on each rank its logits, if it has any, the loss, and both sides' gradients."""
     from ml_parallel import checkpoint
@@ -137,7 +111,7 @@ def logits_loss_and_gradients(weights, gradients, config):
     logits = all_logits(built)
     batches = [iter(micro_batches()) for _ in built.chunks]
     reports = _run_schedule(built.chunks, batches, built.shape, forward_only=False)
-    loss, _ = _reduce(reports, False)
+    loss, *_ = _reduce(reports, built.shape, False)
     found = {name: tensor.main_grad.clone() for name, tensor in parameters(built)}
     return logits, loss, as_arrays(found), as_arrays(expected)
 
@@ -201,7 +175,9 @@ def test_logits_loss_and_gradients_agree_with_transformers(llama, layout, tmp_pa
     topology = TOPOLOGIES[layout]
     convert(llama.path, tmp_path / "weights", topology)
     convert(llama.gradients, tmp_path / "gradients", topology)
-    config = pretrain_config(json.loads((llama.path / "config.json").read_text()), topology)
+    hf_config = json.loads((llama.path / "config.json").read_text())
+    model = family_for(hf_config).from_hf(hf_config)
+    config = pretrain_config(model, topology, length=SEQUENCE, samples=BATCH)
     world_size = topology.tensor_model_parallel_size * topology.pipeline_model_parallel_size
     ranks = run_ranks(
         logits_loss_and_gradients,

@@ -4,6 +4,7 @@
 |---|---|
 | a `bash` or `sh` block, one that begins with a program, after `$ ` in a `console` block | run |
 | the same after `<!-- test: parse -->` | flags are checked only: it needs a cluster, or long |
+| a `console` block after `<!-- test: output -->` | and what it prints, apart from numbers |
 | anything after `<!-- test: fresh -->` | run without the files that blocks before it have made |
 | `ml-convert ... --flag` | the flags must exist |
 | `pip`, `hatch` | must be what CI runs, or name a script or package of this repository |
@@ -22,6 +23,7 @@ import ast
 import contextlib
 import io
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -47,6 +49,10 @@ SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"][
 CONFIGS = {
     "ml-convert": "ml_convert.request:Request",
     "ml-data inspect": "ml_data.inspection:InspectConfig",
+    "ml-data instruct": "ml_data.instruct:InstructConfig",
+    "ml-data merge": "ml_data.merge:MergeConfig",
+    "ml-data preference": "ml_data.preference:PreferenceConfig",
+    "ml-data preprocess": "ml_data.preprocess:PreprocessConfig",
     "ml-data pretrain": "ml_data.pretrain:PretrainConfig",
     "ml-eval generate": "ml_eval.config:GenerateConfig",
     "ml-train pretrain": "ml_train.config:PretrainConfig",
@@ -55,6 +61,34 @@ CONFIGS = {
 PROGRAMS = {name.partition(" ")[0] for name in CONFIGS}
 MODELS = ("Llama-2-7b-hf", "TinyLlama-1.1B", "llama-3-8b", "llama-3-70b", "model")
 """Names that READMEs give to Hugging Face directories."""
+CONVERSATIONS = {
+    "alpaca": [
+        {"instruction": "Name a prime.", "input": "", "output": "Seven."},
+        {"instruction": "Add the numbers.", "input": "2 and 3", "output": "5"},
+        {"instruction": "Name a colour.", "input": "", "output": ""},
+    ],
+    "chats": [
+        {
+            "messages": [
+                {"role": "user", "content": "Name a prime."},
+                {"role": "assistant", "content": "Seven."},
+                {"role": "user", "content": "And one below?"},
+                {"role": "assistant", "content": "Five."},
+            ]
+        }
+    ],
+    "pairs": [
+        {"instruction": "Name a prime.", "input": "", "chosen": "Seven.", "rejected": "Nine."},
+        {"instruction": "Name a colour.", "input": "", "chosen": "Red.", "rejected": "Seven."},
+    ],
+}
+"""Files that READMEs name, by name without .jsonl."""
+TEMPLATE = {
+    "user": ["Q: {{content}}\nA:"],
+    "assistant": [" {{content}}", {"special": "eos"}],
+    "separator": ["\n"],
+}
+"""The template that the README of ml-data shows."""
 STARTS = {*PROGRAMS, "pip", "python", "torchrun"}
 SHELL_LINES = {"source .venv/bin/activate"}
 
@@ -121,8 +155,11 @@ def run_blocks(found: list[Block], make_world: Callable[[], Path]) -> None:
             Path("block.yaml").write_text(block.text)
             flags = ["--config", "llama-tiny.yaml", "--config", "block.yaml", "--data-path", "x"]
             parse_only(["ml-train", "pretrain", *flags])
-        for words in block.commands():
-            check_command(words, parse=block.marker == "parse")
+        outputs = [
+            check_command(words, parse=block.marker == "parse") for words in block.commands()
+        ]
+        if block.marker == "output":
+            check_output(block, outputs)
 
 
 def run_python(block: Block, names: dict[str, Any]) -> None:
@@ -138,9 +175,25 @@ def run_python(block: Block, names: dict[str, Any]) -> None:
             raise WrongError(f"python block: printed {lines}, not {expected!r}")
 
 
-def check_command(words: list[str], *, parse: bool) -> None:
+def check_output(block: Block, outputs: list[str]) -> None:
+    """Compare what commands print with what the README shows, apart from numbers and spaces."""
+    shown = re.split(r"^\$ (?:.*\\\n)*.*\n", block.text, flags=re.M)[1:]
+    for expected, output in zip(shown, outputs, strict=True):
+        if without_numbers(expected) != without_numbers(output):
+            raise WrongError(f"prints\n{output}\nnot\n{expected}")
+
+
+def without_numbers(output: str) -> str:
+    """Return an output without what depends on texts, time and place."""
+    output = re.sub(r"[0-9a-f]{64}", "HASH", output)
+    output = re.sub(r"#+", "#", re.sub(r"[\d,.]*\d", "0", output))
+    return "\n".join(" ".join(line.split()) for line in output.strip().splitlines())
+
+
+def check_command(words: list[str], *, parse: bool) -> str:
+    """Check a command; return what it printed if it was run."""
     if " ".join(words) in SHELL_LINES or words[:2] == ["kill", "-TERM"]:
-        return
+        return ""
     if words[:3] == ["python", "-m", "pip"] or words[0] == "pip":
         check_pip(words[words.index("pip") + 1 :])
     elif words[:3] == ["python", "-m", "hatch"]:
@@ -151,10 +204,11 @@ def check_command(words: list[str], *, parse: bool) -> None:
         if not Path(words[1]).is_file():
             raise WrongError(f"{shlex.join(words)}: {words[1]} does not exist")
     else:
-        check_program(words, parse=parse)
+        return check_program(words, parse=parse)
+    return ""
 
 
-def check_program(words: list[str], *, parse: bool) -> None:
+def check_program(words: list[str], *, parse: bool) -> str:
     """Run a command of ours, or read its flags only; of a sketch with `...`, those it shows."""
     if words[0] not in PROGRAMS:
         raise WrongError(f"{shlex.join(words)}: {words[0]} is no program this test knows")
@@ -167,7 +221,8 @@ def check_program(words: list[str], *, parse: bool) -> None:
     elif parse:
         parse_only(words)
     else:
-        run_program(words)
+        return run_program(words)
+    return ""
 
 
 def check_torchrun(words: list[str]) -> None:
@@ -226,12 +281,13 @@ def parse_only(words: list[str], ranks: int | None = None) -> None:
         check_world(config, ranks or config.launch.world_size)
 
 
-def run_program(words: list[str]) -> None:
-    """Run one of our programs in a forked process."""
+def run_program(words: list[str]) -> str:
+    """Run one of our programs in a forked process; return what it printed."""
     main = import_module(f"{words[0].replace('-', '_')}.cli").main
     code, output = forked(main, words[1:])
     if code != 0:
         raise WrongError(f"{shlex.join(words)}: exit code {code}\n{output[-2000:]}")
+    return output
 
 
 def forked(function: Callable[..., int | None], *args: Any) -> tuple[int | None, str]:
@@ -251,6 +307,7 @@ def _child(log: Path, function: Callable[..., int | None], args: tuple[Any, ...]
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     warnings.resetwarnings()
+    logging.root.handlers.clear()  # pytest's: a program sets up its own
     try:
         code = function(*args) or 0
     except BaseException:
@@ -296,6 +353,10 @@ def _write_texts(directory: Path) -> None:
     for path in (directory / "corpus.jsonl", directory / "corpus" / "part.jsonl"):
         path.write_text("".join(lines))
     (directory / "questions.txt").write_text("Why?\nHow?\n")
+    for name, records in CONVERSATIONS.items():
+        lines = [json.dumps(record) + "\n" for record in records]
+        (directory / f"{name}.jsonl").write_text("".join(lines))
+    (directory / "template.json").write_text(json.dumps(TEMPLATE))
 
 
 def _write_model(directory: Path) -> None:
@@ -443,6 +504,14 @@ def families_table() -> str:
     return "\n".join(rows) + "\n"
 
 
+def templates_table() -> str:
+    from ml_data.templates import load_template, names
+
+    rows = ["| template | |", "|---|---|"]
+    rows += [f"| `{name}` | {load_template(name).about} |" for name in names()]
+    return "\n".join(rows) + "\n"
+
+
 def matrix_table() -> str:
     from conversion_matrix import table
 
@@ -455,6 +524,7 @@ def matrix_table() -> str:
         ("ml-kernels", "operators", operators_table),
         ("ml-parallel", "patches", patches_table),
         ("ml-models", "families", families_table),
+        ("ml-data", "templates", templates_table),
         pytest.param("ml-convert", "matrix", matrix_table, marks=pytest.mark.slow),
     ],
 )
@@ -477,6 +547,10 @@ def test_generated_tables_are_current(package: str, name: str, make: Callable[[]
     [
         ("```bash\nml-data inspect --data-pth x\n```\n", "did you mean --data-path"),
         ("```bash\nml-data inspect --data-path nowhere\n```\n", "nowhere"),
+        (
+            "<!-- test: output -->\n```console\n$ ml-data --version\nml-data one\n```\n",
+            "not\nml-data one",
+        ),
         ("```bash\nml-convrt --load-dir x\n```\n", "ml-convrt is no program"),
         ("<!-- test: parse -->\n```console\n$ ml-train pretrain --lrr 1\n```\n", "--lrr"),
         ("```bash\npip install ml-models\n```\n", "ml-models without `--find-links dist`"),

@@ -83,8 +83,6 @@ def measure(exported: Path, save: Path, config: PretrainConfig) -> tuple[int, fl
 
 def held_out(config: PretrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the tokens and labels of an evaluation, (B, S) int64."""
-    import torch
-
     from ml_train.data import build_datasets
 
     training = config.training
@@ -95,9 +93,8 @@ def held_out(config: PretrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
     )
     if datasets.valid is None:
         raise UsageError("--eval-iters 0: the run has no evaluation to compare with")
-    samples = [datasets.valid[number] for number in range(counts[1])]
-    tokens, labels = (torch.stack([s[name] for s in samples]) for name in ("tokens", "labels"))
-    return tokens, labels
+    samples = datasets.valid.batch(range(counts[1]))
+    return samples["tokens"], samples["labels"]
 
 
 if __name__ == "__main__":

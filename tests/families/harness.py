@@ -35,6 +35,7 @@ import safetensors.torch
 import torch
 
 from ml_convert import Request, convert
+from ml_models.architecture import Architecture
 from ml_models.dropout import Dropout
 from ml_models.families.family import Family
 from ml_models.registry import family_for
@@ -307,19 +308,23 @@ def _run(
     if function is _loss_and_gradients:
         _to_megatron(saved.gradients, folder / "gradients", topology)
     world_size = topology.model_parallel_size * topology.expert_model_parallel_size
-    config = check_world(_pretrain_config(saved, topology), world_size)
+    model = saved.family.from_hf(saved.config)
+    longest = max(model.max_position_embeddings, SEQUENCE)  # may be more than it was made for
+    model = replace(model, max_position_embeddings=longest)
+    config = pretrain_config(model, topology, length=SEQUENCE, samples=BATCH)
+    config = check_world(config, world_size)
     return run_ranks(function, world_size, folder / "weights", folder / "gradients", config)
 
 
-def _pretrain_config(saved: Saved, topology: Topology) -> PretrainConfig:
-    """Return the flags of a run whose global batch is TOKENS, a sample at a time."""
-    model = saved.family.from_hf(saved.config)
-    longest = max(model.max_position_embeddings, SEQUENCE)  # may be more than it was made for
+def pretrain_config(
+    model: Architecture, topology: Topology, *, length: int, samples: int
+) -> PretrainConfig:
+    """Return the flags of a run whose global batch is some samples of a length, one at a time."""
     return PretrainConfig(
-        model=replace(model, max_position_embeddings=longest),
+        model=model,
         parallel=topology,
         dropout=Dropout(),
-        training=Training(train_iters=1, seq_length=SEQUENCE, global_batch_size=BATCH),
+        training=Training(train_iters=1, seq_length=length, global_batch_size=samples),
         vocabulary=Vocabulary(make_vocab_size_divisible_by=16),
         data=DataConfig(data_path=("TOKENS",)),
         optimizer=Adam(),
@@ -394,7 +399,7 @@ def _loss_and_gradients(
     _load(weights, built)
     _, batches = _micro_batches(built)
     reports = _run_schedule(built.chunks, [iter(batches)], built.shape, forward_only=False)
-    loss, _ = _reduce(reports, False)
+    loss, *_ = _reduce(reports, built.shape, False)
     found = {name: tensor.main_grad.clone().numpy() for name, tensor in _parameters(built)}
     return loss, found, expected
 

@@ -62,6 +62,17 @@ def test_another_json_file_is_refused(tmp_path, content):
         read_sidecar(tmp_path / "data")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("vocab_size", "4"), ("tokenizer", 7), ("append_eod", 1), ("level", "page"), ("eod", 1.5)],
+)
+def test_a_value_of_another_type_is_refused(tmp_path, field, value):
+    altered = dataclasses.asdict(INFO) | {field: value}
+    sidecar_path(tmp_path / "data").write_text(json.dumps(altered))
+    with pytest.raises(UsageError, match=f"not the description of a dataset .{field} cannot be"):
+        read_sidecar(tmp_path / "data")
+
+
 def test_the_entropy_is_that_of_the_frequencies():
     assert unigram_entropy(np.array([5, 5, 0, 5, 5])) == pytest.approx(math.log(4))
     assert unigram_entropy(np.array([0, 7])) == 0

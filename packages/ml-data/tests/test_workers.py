@@ -49,7 +49,7 @@ def make_refuser():
 def importable(monkeypatch):
     """Let the workers import this file as the module it is here."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent)])
-    for function in (make_job, make_refuser):
+    for function in (make_job, make_refuser, make_marker, make_large, make_nothing):
         monkeypatch.setattr(function, "__module__", Path(__file__).stem)
     monkeypatch.setitem(sys.modules, Path(__file__).stem, sys.modules[__name__])
 
@@ -190,3 +190,72 @@ def test_a_script_needs_no_guard_and_files_in_its_directory_shadow_nothing(tmp_p
 
 def test_available_cpus_are_those_this_process_may_use():
     assert available_cpus() == len(os.sched_getaffinity(0))
+
+
+def make_marker(path):
+    """Leave a mark for every time it is called."""
+    with Path(path).open("a") as file:
+        file.write("made\n")
+    return job
+
+
+def make_large():
+    block = bytearray(os.urandom(1) * 200_000_000)
+    return lambda _: (len(block), proportional_memory())[1]
+
+
+def proportional_memory() -> int:
+    rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in rollup if line.startswith("Pss:"))
+
+
+def test_the_function_is_made_once_for_all_workers(tmp_path):
+    items = [("pid", None), ("sleep", 0.1)] * 6
+    results = list(map_ordered(make_marker, (str(tmp_path / "marks"),), items, workers=3))
+    assert len({pid for pid in results if isinstance(pid, int)}) == 3
+    assert (tmp_path / "marks").read_text() == "made\n"
+
+
+def test_workers_share_what_the_function_holds():
+    sizes = list(map_ordered(make_large, (), range(30), workers=4))
+    assert sizes[-1] < 150e6
+
+
+def test_a_worker_that_dies_is_not_asked_again_and_the_others_end_too():
+    items = [("pid", None), ("pid", None), ("sleep", 0.2), ("die", signal.SIGKILL)]
+    results = map_ordered(make_job, (), [*items, *[("sleep", 0.1)] * 20], workers=2)
+    pids = []
+    with pytest.raises(ChildProcessError, match="was killed by SIGKILL"):
+        pids.extend(result for result in results if isinstance(result, int))
+    assert pids
+    assert not any(map(alive, pids))
+
+
+def test_the_death_of_the_process_that_workers_are_copies_of_is_an_error():
+    with pytest.raises(ChildProcessError, match="ended with exit status 3"):
+        list(map_ordered(make_nothing, (), [1], workers=1))
+
+
+def make_nothing():
+    os._exit(3)
+
+
+def test_no_process_is_left_behind():
+    before = set(Path("/proc").glob("[0-9]*"))
+    results = map_ordered(make_job, (), [("pid", None)] * 9, workers=3)
+    next(results)
+    results.close()
+    new = set(Path("/proc").glob("[0-9]*")) - before
+    assert [path for path in new if parent_of(path) == os.getpid()] == []
+
+
+def parent_of(process: Path) -> int:
+    try:
+        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def test_items_and_results_of_any_size_pass():
+    items = [("value", bytes(size)) for size in (0, 1, 1 << 16, 1 << 24)] * 2
+    assert list(map_ordered(make_job, (), items, workers=2)) == [value for _, value in items]

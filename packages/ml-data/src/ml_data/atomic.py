@@ -11,11 +11,12 @@ import contextlib
 import fcntl
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 from ml_models.flags import UsageError
 
@@ -70,6 +71,20 @@ class FileSet:
             with contextlib.suppress(OSError):  # of a full disk: what was not flushed cannot be
                 file.close()
         self._files = {}
+
+
+@contextlib.contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the program like `sys.exit`, so that contexts clean up behind it."""
+    before = signal.signal(signal.SIGTERM, _exit)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _exit(number: int, _: object) -> NoReturn:
+    sys.exit(128 + number)
 
 
 @contextlib.contextmanager

@@ -5,12 +5,17 @@ u64 number of sequences, u64 number of entries of the document index, i32 length
 i64 byte offset of each sequence, i64 document index: the first sequence of each document, then the
 number of sequences. (Multimodal files append one byte a sequence; they are not read here.) Byte for
 byte what megatron-core's `IndexedDatasetBuilder` writes.
+
+Offsets follow from lengths, and the size of the `.bin` from both: whatever else an index says is an
+error. Writing keeps 4 bytes a sequence in memory, reading none.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import struct
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,10 +28,14 @@ from ml_models.flags import UsageError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPES: dict[int, np.dtype[Any]] = {
-    code: np.dtype(name)
-    for code, name in enumerate(["u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"], start=1)
+_TYPES = ("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16")
+"""Token types of the format; the code is the position, from 1."""
+_IDS: dict[int, np.dtype[Any]] = {
+    _TYPES.index(dtype.name) + 1: dtype for dtype in map(np.dtype, ("u1", "<u2", "<i4", "<i8"))
 }
+"""Those of ids, by code. One of each size: a code that was altered contradicts the offsets."""
+_BLOCK = 1 << 20
+"""Entries of an index that are checked at a time."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -45,56 +54,99 @@ def idx_path(prefix: str | Path) -> Path:
 
 
 class IndexedDatasetWriter:
-    """Writes a dataset into `files`, which publish it; every document is one sequence."""
+    """Writes a dataset into `files`, which publish it."""
 
     def __init__(self, prefix: str | Path, dtype: DTypeLike, files: FileSet) -> None:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype)
         self.bin_bytes = 0
+        self._code = next(code for code, known in _IDS.items() if known == self.dtype)
         self._lengths: list[NDArray[np.int32]] = []
-        self._sha256 = hashlib.sha256()
+        self._sequences: list[NDArray[np.int32]] = []
+        self._bin_sha256, self._idx_sha256 = hashlib.sha256(), hashlib.sha256()
         self._files = files
         self._bin = files.create(bin_path(prefix))
 
     @property
     def bin_sha256(self) -> str:
         """Hash of the tokens written so far."""
-        return self._sha256.hexdigest()
+        return self._bin_sha256.hexdigest()
 
-    def add_documents(self, tokens: NDArray[Any], lengths: NDArray[Any]) -> None:
+    @property
+    def idx_sha256(self) -> str:
+        """Hash of the index, after `write_index`."""
+        return self._idx_sha256.hexdigest()
+
+    def add_documents(
+        self,
+        tokens: NDArray[Any],
+        lengths: NDArray[Any],
+        sequences: NDArray[Any] | None = None,
+    ) -> None:
         """Append documents.
 
         Args:
             tokens: (sum of `lengths`,), the documents' tokens back to back.
-            lengths: (documents,), tokens of each.
+            lengths: (sequences,), tokens of each.
+            sequences: (documents,), sequences of each document; None if each has one.
+
+        Raises:
+            ValueError: The shapes contradict each other, or a token does not fit the type.
         """
+        if sequences is None:
+            sequences = np.broadcast_to(np.int32(1), len(lengths))  # takes no memory
+        self._check(tokens, lengths, sequences)
         content = np.ascontiguousarray(tokens, dtype=self.dtype).view(np.uint8).data
         with naming(bin_path(self.prefix)):
             self._bin.write(content)
-        self._sha256.update(content)
+        self._bin_sha256.update(content)
         self.bin_bytes += content.nbytes
-        self._lengths.append(np.asarray(lengths, dtype=np.int32))
+        self._lengths.append(np.array(lengths, dtype="<i4"))
+        self._sequences.append(np.asarray(sequences, dtype="<i4"))
 
     def write_index(self) -> None:
         """Write the index: the last file to create of a dataset."""
-        lengths = np.concatenate([np.zeros(0, np.int32), *self._lengths])
-        ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
-        starts = np.concatenate([np.zeros(1, np.int64), ends])[: len(lengths)]
-        code = next(code for code, dtype in _DTYPES.items() if dtype == self.dtype)
         path = idx_path(self.prefix)
         with naming(path):
             idx = self._files.create(path)
-            idx.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(lengths) + 1))
-            idx.write(lengths.tobytes())
-            idx.write(starts.tobytes())
-            idx.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+            for part in self._index():
+                idx.write(part)
+                self._idx_sha256.update(part)
+
+    def _check(self, tokens: NDArray[Any], lengths: NDArray[Any], sequences: NDArray[Any]) -> None:
+        if np.sum(lengths, dtype=np.int64) != len(tokens) or np.sum(sequences) != len(lengths):
+            raise ValueError(
+                f"{len(tokens)} tokens, {len(lengths)} lengths and {len(sequences)} documents "
+                "contradict each other"
+            )
+        if len(tokens) and not np.can_cast(tokens.dtype, self.dtype):
+            bounds = np.iinfo(self.dtype)
+            for token in (tokens.min(), tokens.max()):
+                if not bounds.min <= token <= bounds.max:
+                    raise ValueError(f"token {token} does not fit {self.dtype.name}")
+
+    def _index(self) -> Iterator[bytes]:
+        sequences, documents = (sum(map(len, part)) for part in (self._lengths, self._sequences))
+        yield _HEADER.pack(_MAGIC, 1, self._code, sequences, documents + 1)
+        yield from (lengths.tobytes() for lengths in self._lengths)
+        start = 0
+        for lengths in self._lengths:
+            ends = start + np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
+            yield np.append(start, ends)[:-1].tobytes()
+            start = int(ends[-1]) if len(ends) else start
+        first = 0
+        yield np.zeros(1, "<i8").tobytes()
+        for numbers in self._sequences:
+            firsts = first + np.cumsum(numbers, dtype="<i8")
+            yield firsts.tobytes()
+            first = int(firsts[-1]) if len(firsts) else first
 
 
 class IndexedDataset:
     """A dataset on disk, mapped into memory and checked to be whole.
 
     Raises:
-        UsageError: a file is missing, of another format, or torn.
+        UsageError: a file is missing, of another format, torn or altered.
     """
 
     dtype: np.dtype[Any]
@@ -109,18 +161,15 @@ class IndexedDataset:
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
         idx, tokens = idx_path(prefix), bin_path(prefix)
-        self._check_presence(idx, tokens)
+        _check_presence(self.prefix)
         self._read_index(idx)
-        self._starts = np.concatenate([[0], np.cumsum(self.sequence_lengths, dtype=np.int64)])
-        expected = int(self._starts[-1]) * self.dtype.itemsize
-        if tokens.stat().st_size != expected:
+        expected, size = self._check_sequences(idx), tokens.stat().st_size
+        self._check_documents(idx)
+        if size != expected:
             raise UsageError(
-                f"{tokens}: torn, or of another dataset: "
-                f"{tokens.stat().st_size} bytes, {idx} describes {expected}"
+                f"{tokens}: torn, or of another dataset: {size} bytes, {idx} describes {expected}"
             )
-        self.tokens = (
-            np.memmap(tokens, self.dtype, mode="r") if expected else np.zeros(0, self.dtype)
-        )
+        self.tokens = _mapped(tokens).view(self.dtype)
 
     def __len__(self) -> int:
         """Return the number of documents."""
@@ -128,38 +177,89 @@ class IndexedDataset:
 
     def __getitem__(self, document: int) -> NDArray[Any]:
         """Return the tokens of a document."""
+        first, last = self._sequences(document)
+        return self.tokens[self._start(first) : self._start(last)]
+
+    def lengths(self, document: int) -> NDArray[np.int32]:
+        """Return the lengths of the sequences of a document, in its order."""
+        first, last = self._sequences(document)
+        return self.sequence_lengths[first:last]
+
+    def _sequences(self, document: int) -> tuple[int, int]:
         if not 0 <= document < len(self):
             raise IndexError(f"document {document} of {len(self)}")
-        first, last = self.document_indices[document : document + 2]
-        return self.tokens[self._starts[first] : self._starts[last]]
+        first, last = self.document_indices[document : document + 2].tolist()
+        return first, last
 
-    def _check_presence(self, idx: Path, tokens: Path) -> None:
-        if not idx.exists() and not tokens.exists():
-            near = sorted(idx.parent.glob(f"{idx.stem}*.idx")) if idx.parent.is_dir() else []
-            hint = f"; did you mean {near[0].with_suffix('')}?" if near else ""
-            raise UsageError(f"no dataset {self.prefix}: {idx} does not exist{hint}")
-        for path in (idx, tokens):
-            if not path.exists():
-                raise UsageError(f"dataset {self.prefix} is incomplete: {path} does not exist")
+    def _start(self, sequence: int) -> int:
+        """Return the position of the first token of a sequence, or the number of tokens."""
+        if sequence == len(self.sequence_lengths):
+            return len(self.tokens)
+        return int(self._offsets[sequence]) // self.dtype.itemsize
 
     def _read_index(self, path: Path) -> None:
-        content = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, "u1")
-        header = bytes(content[: _HEADER.size])
+        content = _mapped(path)
+        header = content[: _HEADER.size].tobytes()
         if len(header) < _HEADER.size or not header.startswith(_MAGIC):
             raise UsageError(f"{path}: not a Megatron index (it does not begin with MMIDIDX)")
         _, version, code, sequences, entries = _HEADER.unpack(header)
-        if version != 1 or code not in _DTYPES:
+        if version != 1 or not 1 <= code <= len(_TYPES):
             raise UsageError(f"{path}: version {version} or token type {code} is unknown")
+        if code not in _IDS:
+            raise UsageError(f"{path}: holds {_TYPES[code - 1]}, which are no ids of tokens")
         expected = _HEADER.size + 12 * sequences + 8 * entries
+        if len(content) == expected + sequences and sequences:
+            raise UsageError(f"{path}: of a multimodal dataset, which ml-data cannot read")
         if len(content) != expected:
             raise UsageError(f"{path}: torn: {len(content)} bytes, its header describes {expected}")
-        self.dtype = _DTYPES[code]
-        offsets = _HEADER.size + np.cumsum([0, 4 * sequences, 8 * sequences, 8 * entries])
-        parts = [content[start:stop] for start, stop in pairwise(offsets)]
-        self.sequence_lengths, starts = parts[0].view("<i4"), parts[1].view("<i8")
-        self.document_indices = parts[2].view("<i8")
-        lengths = self.sequence_lengths.astype(np.int64)
-        ends = np.cumsum(lengths) * self.dtype.itemsize
-        consistent = np.array_equal(starts, ends - lengths * self.dtype.itemsize)
-        if not consistent or not entries or self.document_indices[-1] != sequences:
-            raise UsageError(f"{path}: damaged: its offsets do not follow from its lengths")
+        self.dtype = _IDS[code]
+        ends = np.cumsum([_HEADER.size, 4 * sequences, 8 * sequences, 8 * entries])
+        lengths, offsets, documents = (content[start:end] for start, end in pairwise(ends))
+        self.sequence_lengths = lengths.view("<i4")
+        self._offsets: NDArray[np.int64] = offsets.view("<i8")
+        self.document_indices = documents.view("<i8")
+
+    def _check_sequences(self, path: Path) -> int:
+        """Check that the offsets follow from the lengths; return the bytes of all sequences."""
+        end = 0
+        for start in range(0, len(self.sequence_lengths), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            sizes = self.sequence_lengths[block].astype(np.int64) * self.dtype.itemsize
+            ends = end + np.cumsum(sizes)
+            if sizes.min() < 0 or not np.array_equal(self._offsets[block], ends - sizes):
+                raise UsageError(f"{path}: damaged: its offsets do not follow from its lengths")
+            end = int(ends[-1])
+        return end
+
+    def _check_documents(self, path: Path) -> None:
+        """Check that every sequence is of one document."""
+        firsts = self.document_indices
+        whole = len(firsts) > 0 and firsts[0] == 0 and firsts[-1] == len(self.sequence_lengths)
+        blocks = (firsts[start : start + _BLOCK + 1] for start in range(0, len(firsts), _BLOCK))
+        if not whole or any(np.any(block[1:] < block[:-1]) for block in blocks):
+            raise UsageError(f"{path}: damaged: its documents are not all of its sequences in turn")
+
+
+def _check_presence(prefix: str) -> None:
+    idx, tokens = idx_path(prefix), bin_path(prefix)
+    if not idx.exists() and not tokens.exists():
+        hint = f"; did you mean {near}?" if (near := _nearest(prefix)) else ""
+        raise UsageError(f"no dataset {prefix}: {idx} does not exist{hint}")
+    for path in (idx, tokens):
+        if not path.exists():
+            raise UsageError(f"dataset {prefix} is incomplete: {path} does not exist")
+
+
+def _nearest(prefix: str) -> Path | None:
+    path = Path(prefix)
+    if path.suffix in (".bin", ".idx") and path.is_file():
+        return path.with_suffix("")
+    near = sorted(path.parent.glob(f"{glob.escape(path.name)}*.idx"))
+    return near[0].with_suffix("") if near else None
+
+
+def _mapped(path: Path) -> NDArray[np.uint8]:
+    """Return the content of a file, read where it is looked at."""
+    if not path.stat().st_size:
+        return np.zeros(0, np.uint8)
+    return np.asarray(np.memmap(path, np.uint8, mode="r"))  # slices of a memmap itself are slow

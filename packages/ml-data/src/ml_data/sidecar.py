@@ -10,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ml_data.typed import check_types
 from ml_models.flags import UsageError
+
+Level = Literal["document", "sentence"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,7 @@ class CorpusInfo:
     tokenizer: str
     """Path of the tokenizer."""
     tokenizer_kind: str
-    """Library that encoded: `tokenizers`, `sentencepiece` or `transformers`."""
+    """Library whose ids these are: `tokenizers`, `sentencepiece`, `tiktoken` or `transformers`."""
     tokenizer_identity: str
     """Equal for tokenizers that give the same ids."""
     vocab_size: int
@@ -63,6 +66,16 @@ class CorpusInfo:
     """Hash of the `.bin`."""
     created_by: str
     """Program and version."""
+    idx_sha256: str = ""
+    """Hash of the `.idx`."""
+    level: Level = "document"
+    """What a sequence is: a document, or a sentence of one."""
+    sequences: int = 0
+    """Sequences written."""
+    duplicate_documents: int = 0
+    """Documents left out because their text was there before."""
+    failed_records: int = 0
+    """Records that could not be used."""
 
 
 def sidecar_path(prefix: str | Path) -> Path:
@@ -88,6 +101,7 @@ def read_sidecar(prefix: str | Path) -> CorpusInfo | None:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         names = {field.name for field in dataclasses.fields(CorpusInfo)}
         info = CorpusInfo(**{name: value for name, value in values.items() if name in names})
+        check_types(info)
     except (ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: not the description of a dataset ({error})") from error
     tokens = Path(f"{prefix}.bin")

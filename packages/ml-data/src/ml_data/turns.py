@@ -40,6 +40,11 @@ class Turns:
 class ChatFormat(Protocol):
     """How conversations become tokens."""
 
+    @property
+    def eos(self) -> int | None:
+        """Id of the token that ends a text: the tokenizer's, or that of a template instead."""
+        ...
+
     def encode(self, conversation: Conversation) -> Turns:
         """Return the tokens of an answered conversation.
 

@@ -1,0 +1,177 @@
+"""`ml-data merge`: datasets of parts of a corpus to the dataset of all of it.
+
+ModelLink's `merge_datasets.py`: a directory of datasets, keys, a prefix. The result is byte for
+byte what preparing everything in one go writes, if the names of the parts sort as the parts do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ml_data.atomic import FileSet, exit_on_sigterm, naming
+from ml_data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path
+from ml_data.merged_info import check_corpora, check_samples, merged_corpus, merged_samples
+from ml_data.sample_info import SampleInfo, info_path, read_sample_info
+from ml_data.sample_info import to_json as samples_to_json
+from ml_data.sidecar import read_sidecar, sidecar_path, to_json
+from ml_models.flags import UsageError, parse
+
+logger = logging.getLogger(__name__)
+
+_BLOCK_TOKENS = 1 << 22
+_SAMPLES = "packed_"
+"""How the keys of instruction and preference data begin: their files go through in step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """Join datasets of parts of a corpus to one."""
+
+    input: str
+    """Directory of the datasets; the order is that of their names."""
+    keys: tuple[str, ...] = ("text_document",)
+    """Ends of their names, each of which gives a dataset: text_document joins *_text_document."""
+    output_prefix: str
+    """The datasets are PREFIX_KEY.bin and .idx."""
+
+    def __post_init__(self) -> None:
+        for key in self.keys:
+            if not key or "/" in key or self.keys.count(key) > 1:
+                raise ValueError(f"--keys {key!r}: a key is given once, and is part of a file name")
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    """Run the command."""
+    with exit_on_sigterm():
+        merge(parse(MergeConfig, argv, prog=prog))
+    return 0
+
+
+def merge(config: MergeConfig) -> None:
+    """Write the joined datasets of all keys.
+
+    Raises:
+        UsageError: There is nothing to join for a key, a part is damaged, or parts do not fit
+            together: other types of tokens, other tokenizers.
+        OSError: The files cannot be written.
+    """
+    target = Path(config.output_prefix).expanduser()
+    parts = {key: _find(Path(config.input).expanduser(), key, target) for key in config.keys}
+    samples = _samples({key: found for key, found in parts.items() if key.startswith(_SAMPLES)})
+    with FileSet() as files:
+        description = files.create(info_path(target)) if samples else None
+        writers = {key: _merge(found, f"{target}_{key}", files) for key, found in parts.items()}
+        if description is not None:
+            ours = {key: writer for key, writer in writers.items() if key.startswith(_SAMPLES)}
+            description.write(samples_to_json(merged_samples(samples, ours)).encode())
+        files.publish()
+    for key, found in parts.items():
+        logger.info("%s_%s: %s", target, key, ", ".join(path.name for path in found))
+
+
+def _find(directory: Path, key: str, target: Path) -> list[Path]:
+    """Return the prefixes of the datasets of a key, in order; never the target of this run."""
+    if not directory.is_dir():
+        raise UsageError(f"--input {directory}: no such directory")
+    datasets = sorted({path.with_suffix("") for path in _files(directory)})
+    ours = target.parent.resolve() / f"{target.name}_{key}"
+    found = [path for path in datasets if path.name.endswith(f"_{key}")]
+    found = [path for path in found if directory.resolve() / path.name != ours]
+    if not found:
+        present = ", ".join(path.name for path in datasets) or "no dataset"
+        raise UsageError(f"--keys {key}: --input {directory} has no *_{key}; it has {present}")
+    return found
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    for path in directory.iterdir():
+        if path.suffix in (".bin", ".idx") and path.is_file() and not path.name.startswith("."):
+            yield path
+
+
+def _samples(parts: Mapping[str, Sequence[Path]]) -> list[SampleInfo]:
+    """Return the descriptions of the parts of instruction or preference data, if all have one.
+
+    Raises:
+        UsageError: Not every part has all the keys.
+    """
+    prefixes = {
+        key: [str(path).removesuffix(f"_{key}") for path in found] for key, found in parts.items()
+    }
+    first = next(iter(prefixes), "")
+    for key, found in prefixes.items():
+        for odd in sorted(set(found) ^ set(prefixes[first])):
+            raise UsageError(f"--keys {first} {key}: of {odd} only one is there")
+    of_all = prefixes.get(first, [])
+    infos = {prefix: info for prefix in of_all if (info := read_sample_info(prefix)) is not None}
+    if infos:
+        check_samples(infos)
+    return list(infos.values()) if len(infos) == len(of_all) else []
+
+
+def _merge(parts: Sequence[Path], target: str, files: FileSet) -> IndexedDatasetWriter:
+    """Join datasets, with a description if every part has one."""
+    datasets = [IndexedDataset(part) for part in parts]
+    for part, dataset in zip(parts, datasets, strict=True):
+        if dataset.dtype != datasets[0].dtype:
+            raise UsageError(
+                f"{part}: its tokens are {dataset.dtype.name}, "
+                f"those of {parts[0]} {datasets[0].dtype.name}"
+            )
+    infos = {str(part): info for part in parts if (info := read_sidecar(part)) is not None}
+    if infos:
+        check_corpora(infos)
+    described = list(infos.values()) if len(infos) == len(parts) else []
+    counts = np.zeros(described[0].vocab_size if described else 0, np.int64)
+    writer = IndexedDatasetWriter(target, datasets[0].dtype, files)
+    _copy(parts, datasets, writer, counts)
+    if not described:
+        writer.write_index()
+        return writer
+    path = sidecar_path(target)
+    with naming(path):
+        description = files.create(path)  # before the index, which is published last
+        writer.write_index()
+        description.write(to_json(merged_corpus(described, writer, counts)).encode())
+    return writer
+
+
+def _copy(
+    parts: Sequence[Path],
+    datasets: Sequence[IndexedDataset],
+    writer: IndexedDatasetWriter,
+    counts: NDArray[np.int64],
+) -> None:
+    """Append all documents, and count their tokens if there are counts."""
+    for part, dataset in zip(parts, datasets, strict=True):
+        for tokens, lengths, sequences in _blocks(part, dataset):
+            writer.add_documents(tokens, lengths, sequences)
+            if len(counts):
+                counts += np.bincount(tokens, minlength=len(counts))
+
+
+def _blocks(
+    part: Path, dataset: IndexedDataset
+) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+    """Yield (tokens, lengths, sequences) of some whole documents at a time.
+
+    They are read, not mapped: the pages of a map would count as memory of this process.
+    """
+    firsts, lengths = dataset.document_indices, dataset.sequence_lengths
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[firsts]
+    with bin_path(part).open("rb") as file:
+        start = 0
+        while start < len(dataset):
+            goal = ends[start] + _BLOCK_TOKENS
+            stop = max(start + 1, int(np.searchsorted(ends, goal, "right")) - 1)
+            tokens = np.fromfile(file, dataset.dtype, int(ends[stop] - ends[start]))
+            sequences = np.diff(firsts[start : stop + 1])
+            yield tokens, lengths[firsts[start] : firsts[stop]], sequences
+            start = stop
