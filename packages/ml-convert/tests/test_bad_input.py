@@ -57,6 +57,11 @@ def rename(hf, old, new):
     edit_json(hf.path / INDEX, weight_map=names)
 
 
+def integers(hf):
+    for file in set(weight_map(hf).values()):
+        rewrite(hf.path / file, lambda text: text.replace('"BF16"', '"I16"'))
+
+
 def mix(hf, oracle):
     """Keys in another dtype than queries and values."""
     files = {}
@@ -89,7 +94,7 @@ CASES = {
     ),
     "unknown tensor": (
         lambda hf: rename(hf, "model.norm.weight", "model.extra.weight"),
-        r"model.norm.weight \(\) is missing|model.norm.weight .*missing",
+        r"hf: model.norm.weight is missing$",
     ),
     "vocabulary": (
         lambda hf: edit_json(hf.path / "config.json", vocab_size=100),
@@ -98,6 +103,18 @@ CASES = {
     "no config": (
         lambda hf: (hf.path / "config.json").unlink(),
         r"config.json: missing",
+    ),
+    "config is a directory": (
+        lambda hf: [(hf.path / "config.json").unlink(), (hf.path / "config.json").mkdir()],
+        r"config.json: is a directory, not a file",
+    ),
+    "a name that no file can have": (
+        lambda hf: edit_json(hf.path / INDEX, weight_map=dict.fromkeys(weight_map(hf), "x" * 300)),
+        rf"{INDEX}: 'x+\.\.\.x+' is no name of a file beside it",
+    ),
+    "integers": (
+        lambda hf: integers(hf),
+        r"model.*.safetensors: \S+ is int16, which no weight is; quantized weights are not",
     ),
     "no JSON": (
         lambda hf: (hf.path / "config.json").write_text("{"),

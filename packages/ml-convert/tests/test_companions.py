@@ -46,6 +46,21 @@ def test_without_a_config_one_is_written_from_the_checkpoint(tmp_path, make_hf, 
     assert {key: config[key] for key in expected} == expected
 
 
+@pytest.mark.parametrize("ids", [{"eos_token_id": [1, 2], "pad_token_id": None}, {}])
+def test_ids_of_special_tokens_come_back_from_every_megatron_form(tmp_path, make_hf, ids):
+    """Also what was not said, as it is not the same as null."""
+    hf = make_hf(**ids)
+    before = hf.path
+    for number, save_format in enumerate(("mcore", "legacy", "torch_dist", "hf")):
+        after = tmp_path / str(number)
+        convert(Request(load_dir=before, save_dir=after, save_format=save_format))
+        before = after
+    config = json.loads((before / "config.json").read_text())
+    expected = {name: value for name, value in hf.config.items() if name.endswith("_token_id")}
+    assert {n: v for n, v in config.items() if n.endswith("_token_id")} == expected
+    assert expected.keys() == {"bos_token_id", *ids}
+
+
 def test_a_config_is_kept_with_fields_we_do_not_know(tmp_path, make_hf, make_megatron):
     hf = make_hf(torch_dtype="float32", field_of_the_future=[1], eos_token_id=[1, 2])
     _, config = export(make_megatron(hf), tmp_path, hf_config=hf.path)

@@ -116,9 +116,9 @@ def test_a_copy_holds_all_elements_and_knows_the_checksums(tmp_path, source, wor
         )
     content = path.read_bytes()
     expected = [WORDS[:, :2].tobytes(), np.pad(WORDS[:, 2:], [(0, 1), (0, 0)]).tobytes()]
-    for extent, found, data in zip(target.extents, copied.written, expected, strict=True):
+    for index, (extent, data) in enumerate(zip(target.extents, expected, strict=True)):
         assert content[extent.offset : extent.offset + extent.nbytes] == data
-        assert crc_of_pieces(found.pieces, extent.nbytes) == zlib.crc32(data)
+        assert crc_of_pieces(copied.written[index].pieces, extent.nbytes) == zlib.crc32(data)
     assert sum(done) == WORDS.nbytes
 
 

@@ -129,7 +129,7 @@ def test_models_that_cannot_be_represented_are_refused_by_key(make_hf, changes, 
         ({"num_hidden_layers": 5}, r"9 tensors, such as model.layers.4.* are missing"),
         ({"num_hidden_layers": 3}, r"9 tensors, such as model.layers.3.* are not part of this"),
         ({"vocab_size": 100}, r"embed_tokens.weight has shape \[99, 32\], .* asks for \[100, 32\]"),
-        ({"attention_bias": True, "mlp_bias": True}, r"28 tensors, such as .*bias .* are missing"),
+        ({"attention_bias": True, "mlp_bias": True}, r"28 tensors, such as .*bias, are missing"),
     ],
 )
 def test_weights_of_another_model_are_refused(make_hf, changes, message):

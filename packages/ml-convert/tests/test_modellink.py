@@ -193,6 +193,14 @@ def test_an_old_command_line_works_and_shows_the_new_one(tmp_path, oracle, capsy
         np.testing.assert_array_equal(tensor, model.tensors[name], err_msg=name)
 
 
+def test_an_export_needs_the_original_model_and_says_where(tmp_path, capsys):
+    words = f"--load-model-type mg --save-model-type hf --load-dir {tmp_path} --save-dir "
+    assert main([*words.split(), str(tmp_path / "new")]) == 2
+    _, line = capsys.readouterr().err.splitlines()
+    assert f"--save-dir {tmp_path}/new: holds no config.json. As with ModelLink" in line
+    assert "--hf-cfg-dir" in line
+
+
 def test_a_mistake_in_an_old_command_line_is_one_line(capsys):
     words = "--loader megatron --saver nemo --load-dir in --save-dir out"
     assert main(words.split()) == 2

@@ -1,6 +1,8 @@
 """Results appear whole or not at all, and never in the place of something else."""
 
+import hashlib
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -11,7 +13,9 @@ import time
 import numpy as np
 import pytest
 
-from ml_convert import ConversionError, Request, convert
+from ml_convert import ConversionError, Request, convert, execute, sealing
+from ml_convert.sealing import Sealer
+from ml_parallel.manifest import read_manifest
 
 TARGETS = {"mcore": {"target_tensor_parallel_size": 2}, "hf": {}}
 
@@ -233,3 +237,24 @@ def test_a_file_in_the_way_is_named(tmp_path, make_hf):
     wanted = Request(load_dir=make_hf().path, save_dir=tmp_path / "out" / "x", save_format="hf")
     with pytest.raises(NotADirectoryError, match=r"Not a directory: '.*out'$"):
         convert(wanted)
+
+
+def test_a_single_file_is_summed_up_while_it_is_written(tmp_path, make_hf, monkeypatch):
+    """So that several threads have something to do to the end; the sum is that of the file."""
+    told = []
+    sum_up = Sealer.grown
+
+    def grown(self, name, count):
+        told.append(count)
+        sum_up(self, name, count)
+
+    monkeypatch.setattr(execute, "_GROWTH", 1024)
+    monkeypatch.setattr(sealing, "_WINDOW", mmap.ALLOCATIONGRANULARITY)
+    monkeypatch.setattr(Sealer, "grown", grown)
+    hf, out = make_hf(), tmp_path / "out"
+    convert(Request(load_dir=hf.path, save_dir=out, save_format="hf", workers=1, verify="none"))
+    content = (out / "model.safetensors").read_bytes()
+    assert len(told) > 5
+    assert max(told) > len(content) / 2
+    (entry,) = (e for e in read_manifest(out).files if e.path.name == "model.safetensors")
+    assert entry.sha256 == hashlib.sha256(content).hexdigest()

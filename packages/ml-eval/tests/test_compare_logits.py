@@ -52,6 +52,30 @@ def test_a_converted_model_computes_what_the_published_one_does(hf, megatron):
     assert said.startswith("logits of 128 tokens after 4 layers differ by ")
 
 
+@pytest.mark.parametrize(("dtype", "name"), [("bf16", "bfloat16"), ("fp16", "float16")])
+def test_rounding_that_was_asked_for_is_allowed_for_and_said(hf, tmp_path, dtype, name):
+    request = Request(
+        load_dir=hf,
+        save_dir=tmp_path / "mg",
+        save_format="mcore",
+        params_dtype=dtype,
+        verify="logits",
+    )
+    assert convert(request).logits.endswith(f"allowed, as weights were rounded to {name}")
+
+
+def test_what_rounding_does_not_explain_is_noticed(hf, tmp_path):
+    """A layer's output that is 5% too large is more than bfloat16 does to it."""
+    rounded = Request(load_dir=hf, save_dir=tmp_path / "mg", save_format="mcore")
+    convert(replace(rounded, params_dtype="bf16"))
+    other = transformers.LlamaForCausalLM.from_pretrained(hf)
+    other.lm_head.weight.data *= 1.05
+    other.save_pretrained(tmp_path / "other")
+    ours = Request(load_dir=tmp_path / "mg", save_dir=tmp_path, save_format="hf")
+    with pytest.raises(VerificationError, match="allowed, as weights were rounded to bfloat16"):
+        compare(ours, tmp_path / "other")
+
+
 def test_another_rotary_base_is_noticed(hf, megatron, tmp_path):
     other = tmp_path / "other"
     other.mkdir()

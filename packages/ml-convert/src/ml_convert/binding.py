@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from ml_convert.errors import ConversionError
 from ml_convert.layout import Layout
 from ml_convert.plan import Checkpoint
-from ml_convert.tensor import Extent
+from ml_convert.tensor import Extent, extent_table
 
-Found = Mapping[tuple[str, str], Extent]
-"""Tensors that exist, by file (within the checkpoint) and name."""
+Found = Mapping[str, Mapping[str, Extent]]
+"""Tensors that exist, by file (within the checkpoint) and by name."""
 
 
 def bind(layout: Layout, found: Found, root: Path) -> Checkpoint:
@@ -20,25 +20,35 @@ def bind(layout: Layout, found: Found, root: Path) -> Checkpoint:
     Raises:
         ConversionError: Tensors are missing, unknown, or of another shape.
     """
-    expected = {(stored.file, stored.name): stored for stored in layout.tensors}
-    missing = [key for key in expected if key not in found]
-    unknown = [key for key in found if key not in expected]
-    if missing:
-        raise ConversionError(f"{root}: {_some(missing)} missing")
-    if unknown:
-        raise ConversionError(f"{root}: {_some(unknown)} not part of this model")
-    for key, stored in expected.items():
-        if found[key].shape != stored.shape:
+    extents, missing = extent_table(), []
+    for stored in layout.tensors:
+        extent = found.get(stored.file, {}).get(stored.name)
+        if extent is None:
+            missing.append(stored)
+            continue
+        if extent.shape != stored.shape and not missing:
             raise ConversionError(
-                f"{root / stored.file}: {stored.name} has shape {list(found[key].shape)}, the "
+                f"{root / stored.file}: {stored.name} has shape {list(extent.shape)}, the "
                 f"model's description asks for {list(stored.shape)}"
             )
-    return Checkpoint(layout=layout, extents=tuple(found[key] for key in expected))
+        extents.append(extent)
+    if missing:
+        raise ConversionError(
+            f"{root}: {_some(missing[0].name, missing[0].file, len(missing))} missing"
+        )
+    if len(extents) < sum(map(len, found.values())):
+        raise ConversionError(f"{root}: {_unknown(layout, found)} not part of this model")
+    return Checkpoint(layout=layout, extents=extents)
 
 
-def _some(keys: Sequence[tuple[str, str]]) -> str:
-    """Name the first of these tensors, and how many there are."""
-    file, name = keys[0]
-    if len(keys) == 1:
-        return f"{name} ({file}) is"
-    return f"{len(keys)} tensors, such as {name} ({file}), are"
+def _unknown(layout: Layout, found: Found) -> str:
+    expected = {(stored.file, stored.name) for stored in layout.tensors}
+    unknown = [(file, n) for file, held in found.items() for n in held if (file, n) not in expected]
+    file, name = unknown[0]
+    return _some(name, file, len(unknown))
+
+
+def _some(name: str, file: str, count: int) -> str:
+    """Name the first of some tensors, and how many there are."""
+    where = f"{name} ({file})" if file else name  # no file is known of what is nowhere
+    return f"{where} is" if count == 1 else f"{count} tensors, such as {where}, are"

@@ -1,20 +1,18 @@
-"""The command `ml-convert`."""
+"""The command `ml-convert`. Whatever takes time to import is imported when it runs."""
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ml_convert import modellink
-from ml_convert.request import Request
-from ml_models import flags
+from ml_models.commands import UsageError, run_command
 
 if TYPE_CHECKING:
     from ml_convert.conversion import Progress
     from ml_convert.report import Report
+    from ml_convert.request import Request
 
 PROG = "ml-convert"
 DESCRIPTION = """Convert model weights between Hugging Face, Megatron-Legacy and Megatron-Core, for
@@ -25,10 +23,15 @@ memory. Command lines of ModelLink's convert_ckpt.py are understood, too."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
-    return flags.run_command(PROG, lambda: _run(words))
+    return run_command(PROG, lambda: _run(words))
 
 
 def _run(argv: Sequence[str]) -> int:
+    import logging
+
+    from ml_convert.request import Request
+    from ml_models import flags
+
     request = flags.parse(Request, _in_our_words(argv), prog=PROG, description=DESCRIPTION)
     from ml_convert.conversion import convert
     from ml_convert.errors import VerificationError
@@ -46,13 +49,16 @@ def _run(argv: Sequence[str]) -> int:
 
 def _in_our_words(argv: Sequence[str]) -> Sequence[str]:
     """Translate a command line of ModelLink, and say what it is in ours."""
+    from ml_convert import modellink
+
     try:
         found = modellink.translate(argv)
     except ValueError as error:
-        raise flags.UsageError(str(error)) from None
+        raise UsageError(str(error)) from None
     if found is None:
         return argv
     print(f"{PROG}: this is now written {found}", file=sys.stderr)
+    found.check_origin()
     if found.dropped:
         names = ", ".join(found.dropped)
         print(f"{PROG}: {names}: not needed, the checkpoint says it", file=sys.stderr)
@@ -88,12 +94,13 @@ def _print(report: Report, request: Request) -> None:
     padding = f", {_size(report.padding)} of padding" if report.padding else ""
     verified = ", verified bit by bit" if report.verified else ""
     rounded = f", {report.rounded:,} elements rounded" if report.rounded else ""
+    logits = f"; {report.logits}" if report.logits else ""
     free = f" of {_size(report.free)} that are free" if report.free is not None else ""
     print(
         f"{done} {report.path}: {report.parameters / 1e6:,.1f} million parameters in "
         f"{len(report.files)} file{'s' * (len(report.files) != 1)} "
         f"({_size(report.size)}{free}{padding}) from {report.source}, "
-        f"{report.seconds:.1f} s{rounded}{verified}"
+        f"{report.seconds:.1f} s{rounded}{verified}{logits}"
     )
 
 

@@ -1,7 +1,8 @@
 """The files that go with exported weights: config.json, the index, and those of the tokenizer.
 
 config.json is that of `--hf-config` with what the checkpoint knows better, so fields we have no use
-for are kept. Without one it is written from the model's description. Tokenizer files are copied as
+for are kept. Without one it is written from the model's description, with the ids of special tokens
+that a Megatron checkpoint keeps in its args. Tokenizer files are copied as
 they are; nothing in them is executed.
 """
 
@@ -11,6 +12,7 @@ import json
 import logging
 import math
 import shutil
+from argparse import Namespace
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -39,6 +41,8 @@ _COPIED = (
     "*.py",
 )
 _KINDS = ("bos", "eos", "pad")
+TOKEN_IDS = "hf_token_ids"
+"""Name in the args of what config.json said of the ids of special tokens: Megatron has none."""
 # Differences in these mean another model; the others may have been chosen anew for training.
 _SHAPE = (
     "num_layers",
@@ -92,6 +96,7 @@ def write_config(
     dtype: Dtype,
     skeleton: Mapping[str, object],
     tokenizer: Path | None,
+    args: Namespace,
 ) -> None:
     """Write config.json.
 
@@ -102,6 +107,7 @@ def write_config(
         dtype: What its weights are stored in.
         skeleton: A config.json to start from; may be empty.
         tokenizer: Directory to take the ids of special tokens from when the skeleton is empty.
+        args: Args of the checkpoint, which keep these ids if it was once a Hugging Face model.
 
     Raises:
         ConversionError: The skeleton describes another model, or the family cannot represent it.
@@ -113,7 +119,7 @@ def write_config(
     if skeleton:
         written = _merged(skeleton, family, arch, written)
     else:
-        written |= _special_tokens(tokenizer)
+        written |= _special_tokens(tokenizer, getattr(args, TOKEN_IDS, None))
     _write_json(directory / CONFIG, written)
 
 
@@ -163,17 +169,32 @@ def _merged(
     return {**skeleton, **written}
 
 
-def _special_tokens(tokenizer: Path | None) -> dict[str, object]:
-    """Find the ids of begin, end and padding; null when unknown, not what a class may assume."""
+def token_ids(config: Mapping[str, object]) -> Namespace:
+    """Return args that keep what a config.json says of special tokens, and what it does not say."""
+    names = (f"{kind}_token_id" for kind in _KINDS)
+    return Namespace(**{TOKEN_IDS: {name: config[name] for name in names if name in config}})
+
+
+def _special_tokens(tokenizer: Path | None, kept: object) -> dict[str, object]:
+    """Find the ids of begin, end and padding; null when unknown, not what a class may assume.
+
+    Args:
+        tokenizer: A directory, whose tokenizer knows best, unless it is one of several ids.
+        kept: What the config.json said of which the checkpoint was made.
+    """
     found: dict[str, object] = {f"{kind}_token_id": None for kind in _KINDS}
+    if isinstance(kept, dict):
+        found = {name: kept[name] for name in found if name in kept}
     if tokenizer is None or not (tokenizer / "tokenizer_config.json").is_file():
         return found
     settings = read_json(tokenizer / "tokenizer_config.json")
     ids = _token_ids(tokenizer, settings)
     for kind in _KINDS:
-        token = settings.get(f"{kind}_token")
+        token, name = settings.get(f"{kind}_token"), f"{kind}_token_id"
         content = token.get("content") if isinstance(token, dict) else token
-        found[f"{kind}_token_id"] = ids.get(content) if isinstance(content, str) else None
+        number, before = ids.get(content) if isinstance(content, str) else None, found.get(name)
+        if number is not None and not (isinstance(before, list) and number in before):
+            found[name] = number
     return found
 
 

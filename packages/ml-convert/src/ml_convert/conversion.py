@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_convert import companions, execute, journal, logits, megatron, output, roundtrip, verify
 from ml_convert.description import entries
@@ -65,9 +65,10 @@ def _convert(request: Request, source: Source, progress: Progress | None) -> Rep
     if request.dry_run:
         found = summary(source, proven.target, request.save_dir, sizes=target.sizes)
         return replace(found, plan=tuple(entries(proven)), free=free)
-    path, rounded = _write(request, source, target, progress)
-    found = summary(source, target.checkpoint(path), path)
-    return replace(found, verified=request.compares_bits, rounded=rounded)
+    del proven  # it holds what is needed for each tensor, and is needed no more
+    done = _write(request, source, target, progress)
+    found = summary(source, target.checkpoint(done.path), done.path)
+    return replace(found, verified=request.compares_bits, rounded=done.rounded, logits=done.logits)
 
 
 def _verify_only(request: Request, source: Source, progress: Progress | None) -> Report:
@@ -100,14 +101,17 @@ def _check_destination(request: Request, target: Target) -> int:
     return free
 
 
-def _write(
-    request: Request, source: Source, target: Target, progress: Progress | None
-) -> tuple[Path, int]:
-    """Write the checkpoint.
+class _Done(NamedTuple):
+    path: Path
+    """The final directory."""
+    rounded: int
+    """How many elements another dtype has changed."""
+    logits: str
+    """What comparing them has found."""
 
-    Returns:
-        Its final directory, and how many elements another dtype has changed.
-    """
+
+def _write(request: Request, source: Source, target: Target, progress: Progress | None) -> _Done:
+    """Write the checkpoint."""
     plan_digest = journal.digest(request, source, target)
     save_dir = request.save_dir.resolve() if request.save_dir.is_symlink() else request.save_dir
     with output.writing(
@@ -118,13 +122,13 @@ def _write(
             _write_companions(request, source, target, draft.root)
         if target.beside is not None:
             target.beside.write(draft.root)
-        _check(request, source, draft.root, progress)
+        said = _check(request, source, draft.root, progress)
         others = [path for path in draft.root.rglob("*") if path.is_file()]
         written = {entry.path for entry in draft.journal.done.values()}
         others = [path for path in others if path not in written and path.name != JOURNAL]
         entries = [*draft.journal.done.values(), *map(record, others)]
         metadata = {**_metadata(request, source), "plan": plan_digest}
-        return draft.commit(entries, metadata), rounded
+        return _Done(draft.commit(entries, metadata), rounded, said)
 
 
 def _copy(
@@ -143,8 +147,7 @@ def _copy(
     with Files() as files, Sealer(work, target, root, files, sealed=sealed) as seal:
         for file in target.files:
             if file.name not in done:
-                (root / file.name).unlink(missing_ok=True)
-                files.create(root / file.name, file.content.size)
+                seal.create(file.name)
         copied = execute.copy(
             work,
             files,
@@ -153,7 +156,11 @@ def _copy(
             checksums=target.has_checksums,
             skip=frozenset(done),
             finished=seal,
+            grown=seal.grown,
         )
+    unfinished = [file.name for file in target.files if file.name not in done]
+    if unfinished:
+        raise AssertionError(f"{unfinished[0]} was not written to its end")
     return copied.rounded
 
 
@@ -167,6 +174,7 @@ def _write_companions(request: Request, source: Source, target: Target, root: Pa
         dtype=target.dtypes[0],
         skeleton=skeleton(request) or source.config,
         tokenizer=origin,
+        args=source.args,
     )
     companions.write_index(root, target.checkpoint(root))
     if origin is not None:
@@ -204,10 +212,10 @@ def _earlier_result(request: Request, source: Source) -> Source:
     return open_result(request, directory, source)
 
 
-def _check(request: Request, source: Source, root: Path, progress: Progress | None) -> None:
-    """Check what was written, as thoroughly as is asked for."""
+def _check(request: Request, source: Source, root: Path, progress: Progress | None) -> str:
+    """Check what was written, as thoroughly as is asked for; returns what logits say."""
     if request.verify == "none":
-        return
+        return ""
     result = open_result(request, root, source)
     _compare(request, source, result, progress)
     if request.verify == "roundtrip":
@@ -220,8 +228,7 @@ def _check(request: Request, source: Source, root: Path, progress: Progress | No
             workers=_workers(request),
             advance=_advance(progress, "converting back", nbytes),
         )
-    if request.verify == "logits":
-        logits.check(request, source, root)
+    return logits.check(request, source, root) if request.verify == "logits" else ""
 
 
 def _compare(request: Request, source: Source, result: Source, progress: Progress | None) -> None:

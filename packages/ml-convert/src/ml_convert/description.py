@@ -50,10 +50,7 @@ class Entry(NamedTuple):
 
 def entries(plan: Plan) -> Iterator[Entry]:
     """Describe every tensor of the target."""
-    found: dict[int, list[tuple[str, Rectangle]]] = {}
-    for name, rectangles in plan.target.layout.rectangles.items():
-        for rectangle in rectangles:
-            found.setdefault(rectangle.tensor, []).append((name, rectangle))
+    found = dict(plan.target.layout.by_tensor())
     for index, stored in enumerate(plan.target.layout.tensors):
         extent, held = plan.target.extents[index], found.get(index, [])
         yield Entry(
@@ -72,7 +69,7 @@ def _origins(source: Checkpoint, held: Sequence[tuple[str, Rectangle]]) -> Itera
     used: dict[int, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
     for name, r in held:
         band = Band(name, r.parameter_row, r.rows, r.columns, r.parameter_column)
-        for part in overlapping(source.primary[name], band):
+        for part in overlapping(source.primary(name), band):
             shape = source.layout.tensors[part.rectangle.tensor].shape
             first, row, column = steps_from(part, shape)
             last = first + (part.rows - 1) * row + (part.columns - 1) * column

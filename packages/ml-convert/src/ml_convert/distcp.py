@@ -7,6 +7,7 @@ What is where stands in `.metadata` (`ml_convert.torch_dist_metadata`).
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from ml_convert import ptfile
 from ml_convert.errors import ConversionError
 from ml_convert.pickles import TensorPickle
 from ml_convert.ptfile import NewTensor, PtFile
+from ml_convert.table import Table
 from ml_convert.tensor import Extent
 from ml_convert.torch_dist_metadata import Metadata
 
@@ -35,15 +37,16 @@ def tensors(directory: Path, metadata: Metadata, keys: Iterable[str]) -> Mapping
         for number, chunk in enumerate(chunks):
             by_file.setdefault(chunk.file, []).append((key, number))
     for file, parts in by_file.items():
-        with (directory / file).open("rb") as opened:
+        path = directory / file
+        with path.open("rb") as opened:
             for key, number in parts:
                 tensor = metadata.tensors[key]
                 chunk = tensor.chunks[number]
-                saved = ptfile.read_part(opened, directory / file, chunk.start, chunk.length)
+                saved = ptfile.read_part(opened, path, chunk.start, chunk.length)
                 value = saved.value
                 if not isinstance(value, TensorPickle) or value[:2] != (tensor.dtype, chunk.shape):
                     raise ConversionError(
-                        f"{directory / file}: at byte {chunk.start} is not the {tensor.dtype.name} "
+                        f"{path}: at byte {chunk.start} is not the {tensor.dtype.name} "
                         f"tensor of shape {list(chunk.shape)} that .metadata names for {key}"
                     )
                 found[key][number] = saved.extent(value)
@@ -68,18 +71,17 @@ class DistcpFile:
         Args:
             values: What to save one after the other: a NewTensor, or plain values.
         """
-        self._parts: list[tuple[int, PtFile, bool]] = []
-        self.spans: list[Span] = []
+        self._values = values
+        self.spans = Table(Span, numbers=Span._fields)
         """Where each value will be."""
-        self.offsets: list[int] = []
+        self.offsets = array("q")
         """Where each tensor's data starts."""
         self.size = 0
         """Size of the whole file."""
         for value in values:
-            start, part = -(-self.size // _ALIGNMENT) * _ALIGNMENT, PtFile(value, archive="archive")
-            self._parts.append((start, part, isinstance(value, NewTensor)))
+            start, part = -(-self.size // _ALIGNMENT) * _ALIGNMENT, _part(value)
             self.spans.append(Span(start, part.size))
-            self.offsets += [start + offset for offset in part.offsets]
+            self.offsets.extend(start + offset for offset in part.offsets)
             self.size = start + part.size
 
     def finish(self, descriptor: int, checksums: Sequence[int]) -> None:
@@ -90,5 +92,10 @@ class DistcpFile:
             checksums: CRC-32 of each tensor's data, in the order of `offsets`.
         """
         remaining = iter(checksums)
-        for start, part, is_tensor in self._parts:
-            part.finish(descriptor, [next(remaining)] if is_tensor else [], start=start)
+        for value, (start, _) in zip(self._values, self.spans, strict=True):
+            crcs = [next(remaining)] if isinstance(value, NewTensor) else []
+            _part(value).finish(descriptor, crcs, start=start)
+
+
+def _part(value: Any) -> PtFile:
+    return PtFile(value, archive="archive")

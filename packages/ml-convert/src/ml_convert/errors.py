@@ -1,13 +1,13 @@
 """What can be wrong with the files of a user, or with what he asked for.
 
-UsageError (ml_models.flags)     one clear line, exit code 2
+UsageError (ml_models.commands)  one clear line, exit code 2
 +-- ConversionError              a checkpoint or a request cannot be converted
     +-- VerificationError        a written checkpoint does not hold what it was made from
 """
 
 from __future__ import annotations
 
-from ml_models.flags import UsageError
+from ml_models.commands import UsageError
 
 
 class ConversionError(UsageError):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -17,10 +18,11 @@ from ml_convert.checksum import Piece
 from ml_convert.errors import ConversionError
 from ml_convert.files import Buffers, Files, for_each
 from ml_convert.layout import Rectangle, Steps, steps
-from ml_convert.plan import Band, Checkpoint, Overlap, Plan, overlapping
+from ml_convert.plan import PARAMETERS_AT_ONCE, Band, Checkpoint, Overlap, Plan, overlapping
 from ml_convert.regions import Region
 from ml_convert.tensor import Dtype
 
+_GROWTH = 32 << 20  # bytes: in much smaller steps, threads would get in each other's way
 Advance = Callable[[int], None]
 """Called with the bytes of each band that is done."""
 
@@ -29,20 +31,27 @@ Advance = Callable[[int], None]
 class Copied:
     """What a copy did."""
 
-    written: list[Written]
-    """What was written of each stored tensor of the target."""
+    written: dict[int, Written]
+    """What was written of each stored tensor of the target, by its index."""
     rounded: int = 0
     """How many elements another dtype has changed."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Written:
     """What was written of a stored tensor."""
 
     pieces: list[Piece] = field(default_factory=list)
-    """Runs of bytes with their checksums (or zeros, if none are asked for)."""
+    """Runs of bytes with their checksums."""
     is_scattered: bool = False
     """Whether some was not written in runs."""
+
+    def add(self, piece: Piece | None) -> None:
+        """Note a run of bytes, or that something was written elsewhere."""
+        if piece is None:
+            self.is_scattered = True
+        else:
+            self.pieces.append(piece)
 
 
 def copy(
@@ -53,7 +62,8 @@ def copy(
     advance: Advance,
     checksums: bool,
     skip: Collection[str] = (),
-    finished: Callable[[str, Sequence[Written]], None] = lambda _file, _written: None,
+    finished: Callable[[str, dict[int, Written]], None] = lambda _file, _written: None,
+    grown: Callable[[str, int], None] | None = None,
 ) -> Copied:
     """Copy all parameters into files that exist already.
 
@@ -65,18 +75,21 @@ def copy(
         checksums: Whether to sum up what is written.
         skip: Files of the target that are whole already.
         finished: Called with each file of the target of which everything is written, and what
-            was written of all stored tensors, while the other threads go on.
+            was written of all stored tensors, while the other threads go on; it may drop those of
+            the file.
+        grown: Called with a file, and how many of its first bytes are done up to the last tensor
+            of them, now and then.
 
     Raises:
         ConversionError: Copies in the source differ, or a number does not fit the target dtype.
     """
-    written = [Written() for _ in plan.target.extents]
+    written: defaultdict[int, Written] = defaultdict(Written)
     copied, lock = Copied(written), threading.Lock()
     buffers, wanted = Buffers(), _wanted(plan.target, skip)
-    remaining = _Remaining(plan.target, wanted)
+    remaining = _Remaining(plan.target, wanted, _GROWTH if grown else None)
 
-    def copy_band(band: Band) -> Iterator[Callable[[], None]]:
-        places = list(overlapping(wanted[band.parameter], band))
+    def copy_band(band: Band) -> list[Callable[[], None]]:
+        places = list(overlapping(wanted(band.parameter), band))
         if places:
             data = gather(plan.source, band, files, buffers)
             check_copies(plan.source, band, data, files, buffers)
@@ -86,47 +99,106 @@ def copy(
                 with lock:
                     copied.rounded += changed
             for tensor, offset, part in scatter(plan.target, band, places, converted, files):
-                if part is None:
-                    written[tensor].is_scattered = True
+                if not checksums:
                     continue
-                crc = zlib.crc32(part.data) if checksums else 0
-                written[tensor].pieces.append(Piece(offset, part.nbytes, crc))
+                piece = None if part is None else Piece(offset, part.nbytes, zlib.crc32(part.data))
+                with lock:  # bands of one tensor may be on several threads
+                    written[tensor].add(piece)
         advance(band.rows * band.columns * plan.source.dtypes[band.parameter].itemsize)
-        return (partial(finished, file, written) for file in remaining.without(places))
+        complete, prefixes = remaining.without(places)
+        jobs: list[Callable[[], None]] = [partial(finished, file, written) for file in complete]
+        if grown is not None:
+            jobs += (partial(grown, file, count) for file, count in prefixes)
+        return jobs
 
     for_each(plan.bands(), copy_band, workers=workers)
     return copied
 
 
-def _wanted(target: Checkpoint, skip: Collection[str]) -> dict[str, list[Rectangle]]:
-    """List the rectangles of each parameter that are not in files to be skipped."""
-    tensors = target.layout.tensors
-    return {
-        name: [r for r in rectangles if tensors[r.tensor].file not in skip]
-        for name, rectangles in target.layout.rectangles.items()
-    }
+def _wanted(target: Checkpoint, skip: Collection[str]) -> Callable[[str], list[Rectangle]]:
+    """Return what lists the rectangles of a parameter that are not in files to be skipped."""
+    layout = target.layout
+
+    @lru_cache(PARAMETERS_AT_ONCE)
+    def wanted(parameter: str) -> list[Rectangle]:
+        found = layout.rectangles[parameter]
+        return [r for r in found if not skip or layout.tensors[r.tensor].file not in skip]
+
+    return wanted
 
 
 class _Remaining:
-    """Counts the elements that each file still lacks."""
+    """Counts the elements that each file still lacks, and those that each tensor lacks."""
 
-    def __init__(self, target: Checkpoint, wanted: Mapping[str, Sequence[Rectangle]]) -> None:
-        self._lock = threading.Lock()
+    def __init__(
+        self,
+        target: Checkpoint,
+        wanted: Callable[[str], Sequence[Rectangle]],
+        growth: int | None = None,
+    ) -> None:
+        self._lock, self._target = threading.Lock(), target
         self._files = [stored.file for stored in target.layout.tensors]
-        self._elements: Counter[str] = Counter()
-        for rectangles in wanted.values():
-            for rectangle in rectangles:
-                count = rectangle.rows * rectangle.columns
-                self._elements[self._files[rectangle.tensor]] += count
+        self._elements = array("q", bytes(8 * len(self._files)))
+        self._tensors: Counter[str] = Counter()
+        for parameter in target.layout.rectangles:
+            for rectangle in wanted(parameter):
+                if not self._elements[rectangle.tensor]:
+                    self._tensors[self._files[rectangle.tensor]] += 1
+                self._elements[rectangle.tensor] += rectangle.rows * rectangle.columns
+        self._prefixes = {} if growth is None else self._unwritten(growth)
 
-    def without(self, places: Sequence[Overlap]) -> list[str]:
-        """Take off what was written; returns the files that are complete now."""
-        written: Counter[str] = Counter()
-        for place in places:
-            written[self._files[place.rectangle.tensor]] += place.rows * place.columns
+    def _unwritten(self, growth: int) -> dict[str, _Prefix]:
+        found: dict[str, array[int]] = {}
+        for index, file in enumerate(self._files):
+            if file in self._tensors:
+                found.setdefault(file, array("q")).append(index)
+        return {file: _Prefix(self._target, held, growth) for file, held in found.items()}
+
+    def without(self, places: Sequence[Overlap]) -> tuple[list[str], list[tuple[str, int]]]:
+        """Take off what was written.
+
+        Returns:
+            The files that are complete now, and how far others are that have grown.
+        """
+        complete, prefixes = [], []
         with self._lock:
-            self._elements.subtract(written)
-            return [file for file in written if not self._elements[file]]
+            for place in places:
+                tensor = place.rectangle.tensor
+                self._elements[tensor] -= place.rows * place.columns
+                if self._elements[tensor]:
+                    continue
+                file = self._files[tensor]
+                self._tensors[file] -= 1
+                if not self._tensors[file]:
+                    complete.append(file)
+                elif file in self._prefixes:
+                    count = self._prefixes[file].grown(self._elements)
+                    prefixes += [(file, count)] if count else []
+        return complete, prefixes
+
+
+class _Prefix:
+    """How far a file is done from its beginning."""
+
+    def __init__(self, target: Checkpoint, tensors: Sequence[int], growth: int) -> None:
+        self._extents, self._growth = target.extents, growth
+        self._tensors = array("q", sorted(tensors, key=lambda index: target.extents[index].offset))
+        self._done = self._told = 0
+
+    def grown(self, elements: Sequence[int]) -> int:
+        """Return how many bytes are done if that has grown enough, else 0."""
+        tensors, done = self._tensors, self._done
+        while done < len(tensors) and not elements[tensors[done]]:
+            done += 1
+        if done == self._done:
+            return 0
+        self._done = done
+        last = self._extents[tensors[done - 1]]
+        count = last.offset + last.nbytes
+        if count - self._told < self._growth:
+            return 0
+        self._told = count
+        return count
 
 
 # Bands
@@ -142,7 +214,7 @@ def gather(
     """
     itemsize = checkpoint.dtypes[band.parameter].itemsize
     data = buffers.take(buffer, band.rows, band.columns * itemsize)
-    _read(checkpoint, band, checkpoint.primary[band.parameter], data, files, buffers)
+    _read(checkpoint, band, checkpoint.primary(band.parameter), data, files, buffers)
     update = checkpoint.updates.get(band.parameter)
     if update is not None:
         update.apply(data, band, files)
@@ -157,10 +229,10 @@ def check_copies(
     Raises:
         ConversionError: One differs.
     """
-    copies = list(overlapping(checkpoint.copies[band.parameter], band))
+    copies = list(overlapping(checkpoint.copies(band.parameter), band))
     if copies and band.parameter in checkpoint.updates:
         data = buffers.take("raw", *data.shape)
-        _read(checkpoint, band, checkpoint.primary[band.parameter], data, files, buffers)
+        _read(checkpoint, band, checkpoint.primary(band.parameter), data, files, buffers)
     for copy_ in copies:
         rectangle = copy_.rectangle
         part = Band(band.parameter, copy_.row, copy_.rows, copy_.columns, copy_.column)
@@ -262,7 +334,7 @@ def steps_from(found: Overlap, shape: Sequence[int]) -> Steps:
 def element(checkpoint: Checkpoint, parameter: str, row: int, column: int) -> str:
     """Name the stored element that is (row, column) of a parameter."""
     band = Band(parameter, row, 1, 1, column)
-    (found,) = overlapping(checkpoint.primary[parameter], band)
+    (found,) = overlapping(checkpoint.primary(parameter), band)
     tensor = found.rectangle.tensor
     stored, extent = checkpoint.layout.tensors[tensor], checkpoint.extents[tensor]
     first = steps_from(found, extent.shape).first

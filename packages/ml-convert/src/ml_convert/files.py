@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import numpy as np
 
 from ml_convert.errors import ConversionError
 from ml_convert.tensor import ZEROS
+
+_LONGEST_NAME = 255  # bytes, on all usual file systems
 
 T = TypeVar("T")
 
@@ -27,6 +29,7 @@ class Files:
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
         self._locks: dict[Path, threading.Lock] = {}
+        self._writing: dict[Path, threading.Lock] = {}
 
     def __enter__(self) -> Files:
         return self
@@ -40,7 +43,7 @@ class Files:
         """Create a file of zeros, with room on the disk for all of it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = self._open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        self._descriptors[path] = descriptor
+        self._descriptors[path], self._writing[path] = descriptor, threading.Lock()
         try:
             _allocate(descriptor, size)
         except OSError as error:
@@ -74,12 +77,17 @@ class Files:
             view, offset = view[count:], offset + count
 
     def write(self, path: Path, offset: int, content: np.ndarray) -> None:
-        """Write a contiguous array to a file."""
+        """Write a contiguous array to a file that was created.
+
+        File systems let one thread write to a file at a time; those that wait there do so in a
+        loop, which takes as many CPU seconds again.
+        """
         descriptor, view = self.descriptor(path), content.data.cast("B")
         try:
-            while view:
-                count = os.pwrite(descriptor, view, offset)
-                view, offset = view[count:], offset + count
+            with self._writing[path]:
+                while view:
+                    count = os.pwrite(descriptor, view, offset)
+                    view, offset = view[count:], offset + count
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None
 
@@ -108,6 +116,17 @@ def _allocate(descriptor: int, size: int) -> None:
 def _allow_more_open_files() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def is_file_name(value: object) -> TypeGuard[str]:
+    """Tell whether something that a checkpoint says is the name of a file beside it."""
+    return (
+        isinstance(value, str)
+        and Path(value).name == value
+        and value not in ("", ".", "..")
+        and "\0" not in value
+        and len(os.fsencode(value)) <= _LONGEST_NAME
+    )
 
 
 Work = Callable[[], "Iterable[Work] | None"]

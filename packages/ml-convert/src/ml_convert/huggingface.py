@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from typing import Any
 from ml_convert import ptfile, safetensors_file
 from ml_convert.binding import bind
 from ml_convert.errors import ConversionError
-from ml_convert.layout import Layout, Place, Rectangle, Stored
+from ml_convert.files import is_file_name
+from ml_convert.layout import Layout, Place, Rectangle, Rectangles, Stored, stored_tensors
 from ml_convert.pickles import TensorPickle
 from ml_convert.source import Source
 from ml_convert.tensor import Extent
@@ -48,26 +50,25 @@ def layout(family: Family, arch: Architecture, files: Mapping[str, str]) -> Layo
     """
     tensors = family.tensors(arch)
     index = {name: number for number, name in enumerate(tensors)}
-    rectangles: dict[str, list[Rectangle]] = {}
+    rectangles, tables = Rectangles(), []
     holds: dict[str, str] = {}
     for piece in family.pieces(arch):
         rectangle = _rectangle(index[piece.hf_name], piece, tensors[piece.hf_name])
-        rectangles.setdefault(piece.name, []).append(rectangle)
+        rectangles.add(piece.name, rectangle)
         holds.setdefault(piece.hf_name, piece.name)
-    names = {name: _stored_name(family, name, files) for name in tensors}
-    found = [
-        Stored(files.get(names[n], ""), names[n], hf.shape, holds[n]) for n, hf in tensors.items()
-    ]
+        if piece.name == EMBEDDING:
+            tables.append(rectangle)
+    found = stored_tensors()
+    for full_name, hf in tensors.items():
+        name = _stored_name(family, full_name, files)
+        found.append(Stored(files.get(name, ""), name, hf.shape, holds[full_name]))
     copy = output_layer(family)
     if copy in files and not arch.untie_embeddings_and_output_weights:
-        (original,) = rectangles[EMBEDDING]
+        (original,) = tables
         stored = found[original.tensor]
         found.append(stored._replace(file=files[copy], name=copy, copy_of=original.tensor))
-        rectangles[EMBEDDING].append(original._replace(tensor=len(found) - 1))
-    return Layout(
-        tensors=tuple(found),
-        rectangles={name: tuple(found) for name, found in rectangles.items()},
-    )
+        rectangles.add(EMBEDDING, original._replace(tensor=len(found) - 1))
+    return Layout(tensors=found, rectangles=rectangles)
 
 
 def _stored_name(family: Family, name: str, files: Mapping[str, str]) -> str:
@@ -101,7 +102,7 @@ def output_layer(family: Family) -> str:
 
 def is_hugging_face(path: Path) -> bool:
     """Tell whether a directory looks like a Hugging Face model."""
-    return any((path / name).is_file() for name in (CONFIG, *_WEIGHTS))
+    return any((path / name).exists() for name in (CONFIG, *_WEIGHTS))
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -159,14 +160,12 @@ def open_model(directory: Path, *, model_type: str | None, hashes: bool = False)
     """
     config = read_config(directory)
     known, arch = describe(directory, config, model_type)
-    found = {
-        (file, name): extent
-        for file, tensors in _read_weights(directory).items()
-        for name, extent in tensors.items()
-        if not known.ignores(name)
-    }
-    files = {name: file for file, name in found}
-    _check_sizes(directory, arch, found.values())
+    found = _read_weights(directory)
+    for tensors in found.values():
+        for name in [name for name in tensors if known.ignores(name)]:
+            del tensors[name]
+    files = {name: file for file, tensors in found.items() for name in tensors}
+    _check_sizes(directory, arch, [e for tensors in found.values() for e in tensors.values()])
     if hashes:
         _check_hashes(directory, set(files.values()))
     if arch.untie_embeddings_and_output_weights and output_layer(known) not in files:
@@ -180,6 +179,7 @@ def open_model(directory: Path, *, model_type: str | None, hashes: bool = False)
         family=known,
         checkpoint=bind(layout(known, arch, files), found, directory),
         config=config,
+        is_hugging_face=True,
     )
 
 
@@ -234,8 +234,9 @@ def _read_indexed(directory: Path, index: str) -> dict[str, dict[str, Extent]]:
         raise ConversionError(f"{directory / index}: has no weight_map")
     names: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise ConversionError(f"{directory / index}: {file!r} is no name of a file beside it")
+        if not is_file_name(file):
+            shown = reprlib.repr(file)
+            raise ConversionError(f"{directory / index}: {shown} is no name of a file beside it")
         names.setdefault(file, set()).add(name)
     found = {}
     for file, expected in names.items():
@@ -272,6 +273,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ConversionError(f"{path}: missing") from None
+    except IsADirectoryError:
+        raise ConversionError(f"{path}: is a directory, not a file") from None
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path}: no JSON ({error})") from None
     if not isinstance(content, dict):

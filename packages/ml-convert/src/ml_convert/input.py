@@ -90,7 +90,7 @@ def skeleton(request: Request) -> dict[str, Any]:
         return {}
     if not request.hf_config.is_dir():
         raise ConversionError(f"--hf-config {request.hf_config}: no such directory")
-    if not (request.hf_config / huggingface.CONFIG).is_file():
+    if not (request.hf_config / huggingface.CONFIG).exists():
         return {}  # a directory with a tokenizer only
     return huggingface.read_config(request.hf_config)
 

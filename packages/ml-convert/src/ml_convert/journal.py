@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import threading
+from array import array
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -43,11 +44,13 @@ def digest(request: Request, source: Source, target: Target) -> str:
         if path.is_file():
             status = path.stat()
             read[str(path.resolve())] = (status.st_size, status.st_mtime_ns)
-    written = {
-        file.name: (file.content.size, file.content.offsets, file.tensors) for file in target.files
-    }
-    content = [version_of("ml-convert"), flags, read, written, repr(source.arch)]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    content = [version_of("ml-convert"), flags, read, repr(source.arch)]
+    found = hashlib.sha256(json.dumps(content).encode())
+    for file in target.files:
+        found.update(json.dumps([file.name, file.content.size, len(file.tensors)]).encode())
+        found.update(array("q", file.content.offsets))
+        found.update(array("q", file.tensors))
+    return found.hexdigest()
 
 
 class Journal:

@@ -15,13 +15,20 @@ A tensor counts as a matrix of its dim 0 (rows) by all other dims (columns).
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import NamedTuple
+
+import numpy as np
 
 from ml_convert.coverage import Box, check_cover
 from ml_convert.errors import ConversionError
+from ml_convert.table import Table
 from ml_models.weights import Parameter
+
+_AT_ONCE = 1024  # rectangles
 
 
 class Stored(NamedTuple):
@@ -72,11 +79,72 @@ class Rectangle(NamedTuple):
     """Where in the stored tensor, if these are not whole rows of it."""
 
 
+class Rectangles(Mapping[str, tuple[Rectangle, ...]]):
+    """The rectangles of each parameter by its name, as numbers: there are many.
+
+    They are added first, in any order, and looked at later.
+    """
+
+    def __init__(self, found: Iterable[tuple[str, Rectangle]] = ()) -> None:
+        """Add rectangles with the parameters they belong to."""
+        self._parameters: dict[str, int] = {}
+        self._numbers = array("q")  # of a rectangle: number of its parameter, then its fields
+        self._places: dict[int, Place] = {}
+        self._order: np.ndarray | None = None
+        self._starts: np.ndarray | None = None
+        for parameter, rectangle in found:
+            self.add(parameter, rectangle)
+
+    def add(self, parameter: str, rectangle: Rectangle) -> None:
+        """Add one more of a parameter."""
+        assert self._order is None
+        *numbers, place = rectangle
+        if place is not None:
+            self._places[len(self._numbers) // len(rectangle)] = place
+        self._numbers.append(self._parameters.setdefault(parameter, len(self._parameters)))
+        self._numbers.extend(numbers)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __contains__(self, parameter: object) -> bool:
+        return parameter in self._parameters
+
+    def __getitem__(self, parameter: str) -> tuple[Rectangle, ...]:
+        number, table = self._parameters[parameter], self._table()
+        if self._order is None or self._starts is None:
+            self._order = table[:, 0].argsort(kind="stable").astype(np.int32)
+            owners = table[self._order, 0]
+            self._starts = np.searchsorted(owners, range(len(self) + 1)).astype(np.int32)
+        found = self._order[self._starts[number] : self._starts[number + 1]]
+        return tuple(rectangle for _, rectangle in self._some(found))
+
+    def by_tensor(self) -> Iterator[tuple[int, list[tuple[str, Rectangle]]]]:
+        """List what stored tensors hold, by their index: parameters and rectangles of them."""
+        names, order = list(self._parameters), self._table()[:, 1].argsort(kind="stable")
+        parts = (order[start : start + _AT_ONCE] for start in range(0, len(order), _AT_ONCE))
+        found = chain.from_iterable(map(self._some, parts))
+        for tensor, held in groupby(found, lambda part: part[1].tensor):
+            yield tensor, [(names[number], rectangle) for number, rectangle in held]
+
+    def _table(self) -> np.ndarray:
+        return np.frombuffer(self._numbers, np.int64).reshape(-1, len(Rectangle._fields))
+
+    def _some(self, indices: np.ndarray) -> Iterator[tuple[int, Rectangle]]:
+        """Yield rectangles after the numbers of their parameters."""
+        rows = self._table()[indices].tolist()
+        for index, (number, *numbers) in zip(indices.tolist(), rows, strict=True):
+            yield number, Rectangle._make((*numbers, self._places.get(index)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """How a checkpoint stores a model."""
 
-    tensors: tuple[Stored, ...]
+    tensors: Sequence[Stored]
     """All stored tensors."""
     rectangles: Mapping[str, tuple[Rectangle, ...]]
     """What each parameter consists of, by its name; rectangles of copies included."""
@@ -92,6 +160,13 @@ class Layout:
         """List the rectangles of a parameter that repeat others."""
         rectangles = self.rectangles[parameter]
         return tuple(r for r in rectangles if self.tensors[r.tensor].copy_of is not None)
+
+    def by_tensor(self) -> Iterator[tuple[int, list[tuple[str, Rectangle]]]]:
+        """List the stored tensors that hold something by index: what of which parameter."""
+        found = self.rectangles
+        if not isinstance(found, Rectangles):
+            found = Rectangles((name, r) for name, held in found.items() for r in held)
+        return found.by_tensor()
 
 
 def matrix(shape: Sequence[int]) -> tuple[int, int]:
@@ -132,14 +207,20 @@ def check_complete(layout: Layout, parameters: Iterable[Parameter]) -> None:
         odd = sorted(table.keys() ^ layout.rectangles.keys())
         raise ConversionError(f"{odd[0]} is not stored by the layout, or is no parameter")
     check_parameters(layout, table.values())
-    by_tensor: dict[int, list[Box]] = {}
-    for rectangles in layout.rectangles.values():
-        for rectangle in rectangles:
-            stored = layout.tensors[rectangle.tensor]
-            by_tensor.setdefault(rectangle.tensor, []).append(_stored_box(stored, rectangle))
-    for index, stored in enumerate(layout.tensors):
-        boxes = [*by_tensor.get(index, ()), *_padding(stored)]
-        check_cover(stored.name, stored.shape, boxes, missing="belong to no parameter")
+    is_held = bytearray(len(layout.tensors))
+    for index, held in layout.by_tensor():
+        is_held[index] = True
+        stored = layout.tensors[index]
+        _check_stored(stored, [rectangle for _, rectangle in held])
+    for index in range(len(layout.tensors)):
+        if not is_held[index]:
+            _check_stored(layout.tensors[index], ())
+
+
+def _check_stored(stored: Stored, rectangles: Iterable[Rectangle]) -> None:
+    """Prove that parameters and padding are all that a stored tensor holds."""
+    boxes = [*(_stored_box(stored, rectangle) for rectangle in rectangles), *_padding(stored)]
+    check_cover(stored.name, stored.shape, boxes, missing="belong to no parameter")
 
 
 def check_parameters(layout: Layout, parameters: Iterable[Parameter]) -> None:
@@ -154,6 +235,11 @@ def check_parameters(layout: Layout, parameters: Iterable[Parameter]) -> None:
         view = matrix(parameter.shape)
         boxes = [_parameter_box(view, rectangle) for rectangle in layout.primary(parameter.name)]
         check_cover(parameter.name, parameter.shape, boxes, missing="are missing")
+
+
+def stored_tensors(tensors: Iterable[Stored] = ()) -> Table[Stored]:
+    """Return a list of stored tensors that takes little memory."""
+    return Table(Stored, tensors)
 
 
 def _parameter_box(view: tuple[int, int], r: Rectangle) -> Box:

@@ -7,7 +7,6 @@ Megatron-Core and transformers, which nothing else here does.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -26,7 +25,7 @@ def check_possible(request: Request, source: Source) -> None:
     Raises:
         ConversionError: It is not possible.
     """
-    if (source.config == {} or source.rank_files is not None) == (request.save_format != "hf"):
+    if source.is_hugging_face == (request.save_format == "hf"):
         raise ConversionError(
             "--verify logits compares a model of transformers with ours: either --load-dir or "
             "--save-dir has to be a Hugging Face model, and the other one not"
@@ -40,8 +39,8 @@ def check_possible(request: Request, source: Source) -> None:
         )
 
 
-def check(request: Request, source: Source, result: Path) -> None:
-    """Compare the logits of a result with those of its source.
+def check(request: Request, source: Source, result: Path) -> str:
+    """Compare the logits of a result with those of its source; returns what was found.
 
     Raises:
         VerificationError: They differ, or one of the models cannot be run.
@@ -57,6 +56,8 @@ def check(request: Request, source: Source, result: Path) -> None:
             strict_pickle=request.strict_pickle,
         )
     content = {"ours": asdict(replace(ours, verify="none")), "theirs": str(theirs)}
+    import subprocess
+
     done = subprocess.run(
         [sys.executable, "-m", "ml_eval.compare_logits"],
         input=json.dumps(content, default=str),
@@ -67,3 +68,4 @@ def check(request: Request, source: Source, result: Path) -> None:
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["no reason given"]
         raise VerificationError(f"--verify logits: {said[-1]}")
+    return done.stdout.strip().splitlines()[-1]

@@ -19,6 +19,7 @@ from ml_convert.layout import Layout
 from ml_convert.lora import Adapter, Settings, of_args
 from ml_convert.rank_files import Coordinates, RankFiles
 from ml_convert.ranks import chunk_key
+from ml_convert.tensor import Extent
 from ml_models.architecture import Architecture
 from ml_models.weights import OUTPUT_LAYER, padded_vocab_size, parameters
 from ml_parallel.stages import Stages, stage_layers
@@ -48,11 +49,11 @@ def open_adapter(files: RankFiles, arch: Architecture, given: Settings) -> Adapt
     weights = {
         stored.parameter
         for stored in base.tensors
-        if any((stored.file, name) in found for name in lora_table.names(stored.name))
+        if not found.get(stored.file, {}).keys().isdisjoint(lora_table.names(stored.name))
     }
     adapted = tuple(p for p in parameters(arch) if p.name in weights)
     if not adapted:
-        (_, name), _ = next(iter(found.items()))
+        name = next(name for held in found.values() for name in held)
         raise ConversionError(f"{files.directory}: {name} belongs to no weight of this model")
     rank = _rank(found)
     settings.check_rank(rank, files.directory)
@@ -70,7 +71,7 @@ def open_adapter(files: RankFiles, arch: Architecture, given: Settings) -> Adapt
 
 def _found(files: RankFiles) -> Found:
     """List the tensors of the adapter by file and name, without the adapter's own name."""
-    found: dict[tuple[str, str], object] = {}
+    found: dict[str, dict[str, Extent]] = {}
     own_names = set()
     for coordinates, rank in files.ranks.items():
         for number, chunk in enumerate(rank.adapters):
@@ -83,18 +84,19 @@ def _found(files: RankFiles) -> Found:
                     )
                 own_names.add(match["name"])
                 plain = f"{match['module']}.lora_{match['which']}.weight"
-                key = (files.file(coordinates), f"{chunk_key(number, len(rank.chunks))}.{plain}")
-                found[key] = extent
+                held = found.setdefault(files.file(coordinates), {})
+                held[f"{chunk_key(number, len(rank.chunks))}.{plain}"] = extent
     if not found:
         raise ConversionError(f"{files.directory}: holds no LoRA adapter (lora_A, lora_B)")
     if len(own_names) > 1:
         listed = ", ".join(sorted(map(str, own_names)))
         raise ConversionError(f"{files.directory}: holds several adapters ({listed})")
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _rank(found: Found) -> int:
-    return next(extent.shape[0] for (_, name), extent in found.items() if ".lora_A." in name)
+    tensors = (item for held in found.values() for item in held.items())
+    return next(extent.shape[0] for name, extent in tensors if ".lora_A." in name)
 
 
 def _base(files: RankFiles, arch: Architecture) -> Layout:
@@ -171,8 +173,3 @@ def _stages_of_args(files: RankFiles, arch: Architecture, stages: int, chunks: i
 def is_alone(files: RankFiles) -> bool:
     """Tell whether there is nothing but an adapter."""
     return not any(chunk for rank in files.ranks.values() for chunk in rank.chunks)
-
-
-def holds_adapter(files: RankFiles) -> bool:
-    """Tell whether there is an adapter."""
-    return any(chunk for rank in files.ranks.values() for chunk in rank.adapters)

@@ -74,7 +74,7 @@ def _adapter(request: Request, source: Source) -> Adapter | None:
         rank=request.lora_r, alpha=request.lora_alpha, modules=request.lora_target_modules
     )
     inside = source.rank_files
-    if inside is not None and lora_megatron.holds_adapter(inside):
+    if inside is not None:
         if request.lora_load is not None:
             raise ConversionError(
                 f"--lora-load {request.lora_load}: {source.path} holds an adapter already"

@@ -46,10 +46,7 @@ def layout(base: Layout, adapted: Collection[str], rank: int, kind: str = "") ->
     Raises:
         ConversionError: A weight is packed with others, so it can have no adapter of its own.
     """
-    held: dict[int, list[tuple[str, Rectangle]]] = {}
-    for name, rectangles in base.rectangles.items():
-        for rectangle in rectangles:
-            held.setdefault(rectangle.tensor, []).append((name, rectangle))
+    held = dict(base.by_tensor())
     building = _Building(rank, kind)
     for index, stored in enumerate(base.tensors):
         found = {name for name, _ in held.get(index, ())}

@@ -20,7 +20,7 @@ from ml_convert import legacy, megatron_args
 from ml_convert.binding import Found, bind
 from ml_convert.dialects import Dialect, recognize
 from ml_convert.errors import ConversionError
-from ml_convert.rank_files import Coordinates, RankFiles, read_ranks
+from ml_convert.rank_files import Coordinates, RankFiles, holds_adapter, read_ranks
 from ml_convert.ranks import chunk_key, layout
 from ml_convert.source import Source
 from ml_convert.tensor import Extent
@@ -116,7 +116,7 @@ def open_checkpoint(
         family=_family(files.args),
         checkpoint=bind(expected, _found(files), directory),
         args=files.args,
-        rank_files=files,
+        rank_files=files if holds_adapter(files) else None,
     )
 
 
@@ -137,10 +137,12 @@ def _names(files: RankFiles) -> Iterable[str]:
 def _found(files: RankFiles) -> Found:
     """List the tensors of all ranks by file and name."""
     return {
-        (files.file(coordinates), f"{chunk_key(number, len(rank.chunks))}.{name}"): extent
+        files.file(coordinates): {
+            f"{chunk_key(number, len(rank.chunks))}.{name}": extent
+            for number, chunk in enumerate(rank.chunks)
+            for name, extent in chunk.items()
+        }
         for coordinates, rank in files.ranks.items()
-        for number, chunk in enumerate(rank.chunks)
-        for name, extent in chunk.items()
     }
 
 

@@ -53,6 +53,13 @@ _STRETCHED = (
     "rope_scaling_short_factors",
     "rope_scaling_long_factors",
 )
+_ROTARY = (
+    "rotary_base",
+    "rotary_percent",
+    "rotary_interleaved",
+    "no_rope_freq",
+    "rope_scaling_type",
+)
 # Megatron's rotary scaling of Llama 3 has these built in.
 _LLAMA3 = {
     "low_freq_factor": 1.0,
@@ -196,6 +203,8 @@ def _positions(given: Mapping[str, Any], fields: Fields) -> None:
 def _rope_scaling(given: Mapping[str, Any], fields: Fields) -> None:
     if not fields.get("rope_scaling_type"):
         fields |= _megatron_rope_scaling(given, fields)
+    if fields.get("position_embedding_type", "rope") != "rope":
+        _drop(fields, _ROTARY)
     if not fields.get("rope_scaling_type"):
         _drop(fields, _STRETCHED)  # Megatron has defaults for some
 

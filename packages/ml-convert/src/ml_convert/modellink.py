@@ -15,7 +15,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from ml_convert.errors import ConversionError
 
@@ -70,9 +70,26 @@ class Translation:
     """The flags."""
     dropped: tuple[str, ...]
     """Flags that have no place in it."""
+    origin: str | None = None
+    """The original Hugging Face model that a result of its format takes its config.json from."""
 
     def __str__(self) -> str:
         return f"ml-convert {shlex.join(self.words)}"
+
+    def check_origin(self) -> None:
+        """Check that the original Hugging Face model is there, as ModelLink needs it.
+
+        Raises:
+            ConversionError: It is not.
+        """
+        if self.origin is not None and not Path(self.origin, "config.json").is_file():
+            raise ConversionError(
+                f"--save-dir {self.origin}: holds no config.json. As with ModelLink, --save-dir "
+                "is the directory of the original Hugging Face model, whose config.json and "
+                "tokenizer the result takes (it goes to a directory in it, mg2hf or mg2hg); or "
+                "name that model with --hf-cfg-dir. Without it: ml-convert --save-format hf "
+                "--load-dir ... --save-dir ... writes a config.json from the checkpoint alone"
+            )
 
 
 @dataclass
@@ -100,7 +117,7 @@ def translate(argv: Sequence[str]) -> Translation | None:
         return None
     given = _parse(argv)
     _refuse(given)
-    read, write = _load_format(given), _save_format(given)
+    read, write, origin = _load_format(given), _save_format(given), None
     words = ["--load-format", read] if read == "hf" else []
     words += ["--save-format", write]
     kept = {n: v for n, v in given.flags.items() if n not in (*_DROPPED, *_CHOICES, "model-type")}
@@ -108,7 +125,8 @@ def translate(argv: Sequence[str]) -> Translation | None:
     if write == "hf":
         dropped += [name for name in kept if name in _CUTS]
         kept = {name: values for name, values in kept.items() if name not in _CUTS}
-        words += _hugging_face_directory(given, kept)
+        origin = _hugging_face_directory(given, kept)
+        words += ["--hf-config", origin]
     else:
         kept.setdefault("make-vocab-size-divisible-by", ["1"])
         kept.setdefault("pad-vocab", ["last-row"])
@@ -117,7 +135,7 @@ def translate(argv: Sequence[str]) -> Translation | None:
             kept.setdefault("mla-names", ["mindspeed" if latest else "modellink"])
     for name, values in kept.items():
         words += [f"--{name}", *values]
-    return Translation(words, tuple(f"--{name}" for name in dropped))
+    return Translation(words, tuple(f"--{name}" for name in dropped), origin)
 
 
 def _parse(argv: Sequence[str]) -> _Given:
@@ -204,10 +222,12 @@ def _writes_core(given: _Given) -> bool:
     return saver == "mg_mcore" and given.value("loader") in _LEGACY_LOADERS
 
 
-def _hugging_face_directory(given: _Given, kept: dict[str, list[str]]) -> list[str]:
-    """Return the flags for the original directory and the one within it to write to."""
+def _hugging_face_directory(given: _Given, kept: dict[str, list[str]]) -> str:
+    """Return the original directory, and change --save-dir to the one within it to write to."""
     save_dir = given.value("save-dir") or ""
-    origin = kept.pop("hf-cfg-dir", [save_dir])
+    origin = given.value("hf-config") or given.value("hf-cfg-dir") or save_dir
+    for name in ("hf-config", "hf-cfg-dir"):
+        kept.pop(name, None)
     name = "mg2hg" if given.value("saver") in _LEGACY_SAVERS else "mg2hf"
     kept["save-dir"] = [str(PurePath(save_dir, name))]
-    return [] if "hf-config" in kept else ["--hf-config", *origin]
+    return origin

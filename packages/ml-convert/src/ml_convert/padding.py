@@ -70,7 +70,7 @@ def _blocks(checkpoint: Checkpoint, index: int) -> Iterator[tuple[int, int]]:
 
 def _last_row(checkpoint: Checkpoint, parameter: str, files: Files) -> np.ndarray:
     """Read the last row of a parameter, as bytes of shape (1, row bytes)."""
-    rectangles = checkpoint.primary[parameter]
+    rectangles = checkpoint.primary(parameter)
     last = max(r.parameter_row + r.rows for r in rectangles) - 1
     columns = max(r.parameter_column + r.columns for r in rectangles)
     return gather(checkpoint, Band(parameter, last, 1, columns), files, Buffers()).copy()

@@ -18,7 +18,7 @@ import math
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -254,6 +254,12 @@ class Instance(NamedTuple):
     """What it holds: a dict of its attributes, or what its `__setstate__` takes."""
 
 
+class Items(NamedTuple):
+    """A list to write that is never whole here."""
+
+    items: Iterable[Any]
+
+
 class Call(NamedTuple):
     """An object to write, that the reader gets by a call."""
 
@@ -262,9 +268,9 @@ class Call(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """A dict to write, whose keys cannot be those of a dict here."""
+    """A dict to write, whose keys cannot be those of a dict here, or which is never whole here."""
 
-    items: tuple[tuple[Any, Any], ...]
+    items: Iterable[tuple[Any, Any]]
 
 
 def dump(value: Any) -> bytes:
@@ -272,25 +278,47 @@ def dump(value: Any) -> bytes:
 
     Args:
         value: Any nesting of dict, list, tuple, argparse.Namespace, None, bool, int, float, str and
-            TensorPickle; also Global, Instance, Call and Pairs, which `weights_only` does not read.
+            TensorPickle, Pairs and Items; also Global, Instance and Call, which `weights_only` does
+            not read.
     """
-    out = bytearray(b"\x80\x02")
+    out = _Pickle(b"\x80\x02")
     _emit(out, value)
     return bytes(out + b".")
 
 
-def _emit(out: bytearray, value: Any) -> None:
+class _Pickle(bytearray):
+    """A pickle that grows, and what was written before and needs no second time."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self._places: dict[str | Global, int] = {}
+
+    def remember(self, value: str | Global) -> None:
+        """Write a word or a name, of which there are few: once, and then where it is."""
+        place = self._places.get(value)
+        if place is not None:
+            self += struct.pack("<cI", b"j", place)
+            return
+        place = self._places[value] = len(self._places)
+        if isinstance(value, str):
+            _emit_str(self, value)
+        else:
+            self += f"c{value.module}\n{value.name}\n".encode()
+        self += struct.pack("<cI", b"r", place)
+
+
+def _emit(out: _Pickle, value: Any) -> None:
     emit = _EMIT.get(type(value))
     if emit is None:
         raise TypeError(f"values of type {type(value).__name__} cannot be written")
     emit(out, value)
 
 
-def _emit_bool(out: bytearray, value: bool) -> None:
+def _emit_bool(out: _Pickle, value: bool) -> None:
     out += b"\x88" if value else b"\x89"
 
 
-def _emit_int(out: bytearray, value: int) -> None:
+def _emit_int(out: _Pickle, value: int) -> None:
     if -(1 << 31) <= value < 1 << 31:
         out += b"J" + struct.pack("<i", value)
     else:
@@ -298,34 +326,38 @@ def _emit_int(out: bytearray, value: int) -> None:
         out += b"\x8a" + struct.pack("<B", len(content)) + content
 
 
-def _emit_float(out: bytearray, value: float) -> None:
+def _emit_float(out: _Pickle, value: float) -> None:
     out += b"G" + struct.pack(">d", value)
 
 
-def _emit_str(out: bytearray, value: str) -> None:
+def _emit_str(out: _Pickle, value: str) -> None:
     content = value.encode()
     out += b"X" + struct.pack("<I", len(content)) + content
 
 
-def _emit_tuple(out: bytearray, value: tuple[Any, ...]) -> None:
+def _emit_tuple(out: _Pickle, value: tuple[Any, ...]) -> None:
     out += b"("
     for item in value:
         _emit(out, item)
     out += b"t"
 
 
-def _emit_list(out: bytearray, value: list[Any]) -> None:
+def _emit_list(out: _Pickle, value: list[Any]) -> None:
+    _emit_items(out, Items(value))
+
+
+def _emit_items(out: _Pickle, value: Items) -> None:
     out += b"]("
-    for item in value:
+    for item in value.items:
         _emit(out, item)
     out += b"e"
 
 
-def _emit_dict(out: bytearray, value: dict[Any, Any]) -> None:
-    _emit_pairs(out, Pairs(tuple(value.items())))
+def _emit_dict(out: _Pickle, value: dict[Any, Any]) -> None:
+    _emit_pairs(out, Pairs(value.items()))
 
 
-def _emit_pairs(out: bytearray, value: Pairs) -> None:
+def _emit_pairs(out: _Pickle, value: Pairs) -> None:
     out += b"}("
     for key, item in value.items:
         _emit(out, key)
@@ -333,46 +365,55 @@ def _emit_pairs(out: bytearray, value: Pairs) -> None:
     out += b"u"
 
 
-def _emit_namespace(out: bytearray, value: argparse.Namespace) -> None:
+def _emit_namespace(out: _Pickle, value: argparse.Namespace) -> None:
     out += b"cargparse\nNamespace\n)\x81"
     _emit_dict(out, vars(value))
     out += b"b"
 
 
-def _emit_tensor(out: bytearray, value: TensorPickle) -> None:
+def _emit_tensor(out: _Pickle, value: TensorPickle) -> None:
     """A call of torch._utils._rebuild_tensor_v2, whose storage is a persistent id."""
-    out += b"ctorch._utils\n_rebuild_tensor_v2\n(("
-    _emit_str(out, "storage")
-    out += f"ctorch\n{value.dtype.torch_storage}\n".encode()
+    out.remember(Global("torch._utils", "_rebuild_tensor_v2"))
+    out += b"(("
+    out.remember("storage")
+    out.remember(Global("torch", value.dtype.torch_storage))
     _emit_str(out, value.storage)
-    _emit_str(out, "cpu")
+    out.remember("cpu")
     _emit_int(out, value.numel)
     out += b"tQ"
     _emit_int(out, value.offset)
     _emit_tuple(out, value.shape)
     _emit_tuple(out, _contiguous(value.shape))
     _emit_bool(out, False)
-    out += b"ccollections\nOrderedDict\n)RtR"
+    out.remember(Global("collections", "OrderedDict"))
+    out += b")RtR"
 
 
-def _emit_global(out: bytearray, value: Global) -> None:
-    out += f"c{value.module}\n{value.name}\n".encode()
+def _emit_global(out: _Pickle, value: Global) -> None:
+    out.remember(value)
 
 
-def _emit_instance(out: bytearray, value: Instance) -> None:
-    _emit_global(out, value.cls)
+def _emit_instance(out: _Pickle, value: Instance) -> None:
+    out.remember(value.cls)
     out += b")\x81"
-    _emit(out, value.state)
+    if isinstance(value.state, dict):
+        out += b"}("
+        for name, item in value.state.items():
+            out.remember(name)
+            _emit(out, item)
+        out += b"u"
+    else:
+        _emit(out, value.state)
     out += b"b"
 
 
-def _emit_call(out: bytearray, value: Call) -> None:
-    _emit_global(out, value.function)
+def _emit_call(out: _Pickle, value: Call) -> None:
+    out.remember(value.function)
     _emit_tuple(out, value.arguments)
     out += b"R"
 
 
-_EMIT: Mapping[type, Callable[[bytearray, Any], None]] = {
+_EMIT: Mapping[type, Callable[[_Pickle, Any], None]] = {
     type(None): lambda out, _value: out.extend(b"N"),
     bool: _emit_bool,
     int: _emit_int,
@@ -387,4 +428,5 @@ _EMIT: Mapping[type, Callable[[bytearray, Any], None]] = {
     Instance: _emit_instance,
     Call: _emit_call,
     Pairs: _emit_pairs,
+    Items: _emit_items,
 }

@@ -9,9 +9,9 @@ Where one side is transposed, a band is a tile: long enough both ways for either
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ from ml_models.weights import Parameter, parameters
 BAND_BYTES = 1 << 20  # stays in the cache between read, checksum and write: half the time of 4 MiB
 TILE_BYTES = 4 << 20
 _TILE_ROWS = 2048
+PARAMETERS_AT_ONCE = 32  # more than there are threads
 
 
 class Update(Protocol):
@@ -47,20 +48,20 @@ class Checkpoint:
 
     layout: Layout
     """Which part of which parameter each stored tensor holds."""
-    extents: tuple[Extent, ...]
+    extents: Sequence[Extent]
     """Where each stored tensor lies, in the order of `layout.tensors`."""
     updates: Mapping[str, Update] = field(default_factory=dict)
     """What to change of parameters when they are read, by their names."""
 
     @cached_property
-    def primary(self) -> Mapping[str, tuple[Rectangle, ...]]:
-        """The rectangles that make up each parameter."""
-        return {name: self.layout.primary(name) for name in self.layout.rectangles}
+    def primary(self) -> Callable[[str], tuple[Rectangle, ...]]:
+        """The rectangles that make up a parameter, by its name."""
+        return lru_cache(PARAMETERS_AT_ONCE)(self.layout.primary)
 
     @cached_property
-    def copies(self) -> Mapping[str, tuple[Rectangle, ...]]:
-        """The rectangles that repeat parts of each parameter."""
-        return {name: self.layout.copies(name) for name in self.layout.rectangles}
+    def copies(self) -> Callable[[str], tuple[Rectangle, ...]]:
+        """The rectangles that repeat parts of a parameter, by its name."""
+        return lru_cache(PARAMETERS_AT_ONCE)(self.layout.copies)
 
     def is_transposed(self, parameter: str) -> bool:
         """Tell whether neighbours in a file are mostly neighbours in a column of a parameter."""
@@ -169,9 +170,22 @@ def plan(
         ConversionError: One of them does not.
     """
     table = table or parameters(arch)
+    _check_floating_point(source)
     check_complete(source.layout, table)
     check_complete(target.layout, table)
     return Plan(table=table, source=source, target=target)
+
+
+def _check_floating_point(source: Checkpoint) -> None:
+    """Refuse integers, which are weights only together with scales that belong to no parameter."""
+    for name, dtype in source.dtypes.items():
+        if not dtype.is_floating_point:
+            index = source.layout.rectangles[name][0].tensor
+            raise ConversionError(
+                f"{source.extents[index].path}: {source.layout.tensors[index].name} is "
+                f"{dtype.name}, which no weight is; quantized weights are not understood: load "
+                "them with the library that quantized them, dequantize and save them"
+            )
 
 
 def overlapping(rectangles: Sequence[Rectangle], band: Band) -> Iterator[Overlap]:

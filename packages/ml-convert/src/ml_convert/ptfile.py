@@ -20,7 +20,8 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -182,7 +183,7 @@ def _storage_spans(
 # Writing
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class NewTensor:
     """A tensor to be written, in its place in the structure."""
 
@@ -217,20 +218,19 @@ class PtFile:
             value: What to save: plain values, with a NewTensor for each tensor.
             archive: Name of the folder in the zip archive; torch.save uses the file's stem.
         """
-        tensors: list[NewTensor] = []
-        content = pickles.dump(_with_storages(value, tensors))
-        self._members: list[_Member] = []
-        self._end = 0
         self._archive = archive
-        for name, text in (("data.pkl", content), ("byteorder", b"little")):
-            self._add(name, len(text), text)
-        for number, tensor in enumerate(tensors):
-            self._add(f"data/{number}", tensor.nbytes, None)
-        self._add("version", 2, b"3\n")
-        self.offsets = [member.data_offset for member in self._members if member.content is None]
+        self._lengths = array("q")
+        self._content = pickles.dump(_with_storages(value, self._lengths))
+        self.offsets = array("q")
         """Where each tensor's data starts, in the order of the structure."""
-        self._lengths = [tensor.nbytes for tensor in tensors]
-        self.size = self._end + len(self._directory([0] * len(tensors)))
+        size = end = 0
+        for member in self._members():
+            if member.content is None:
+                self.offsets.append(member.data_offset)
+            size += len(_directory_entry(member, 0))
+            end = member.data_offset + member.size
+        self._end = end
+        self.size = end + size + len(self._end_of_directory(size))
         """Size of the whole file."""
 
     def finish(self, descriptor: int, checksums: Sequence[int], *, start: int = 0) -> None:
@@ -241,29 +241,35 @@ class PtFile:
             checksums: CRC-32 of each tensor's data, in the order of `offsets`.
             start: Where in the file this one begins, if it is a part of it.
         """
-        crcs = iter(checksums)
-        for member in self._members:
+        crcs, directory = iter(checksums), bytearray()
+        for member in self._members():
             content = b"" if member.content is None else member.content
             crc = next(crcs) if member.content is None else zlib.crc32(content)
             _write_all(descriptor, _local_header(member, crc) + content, start + member.offset)
-        _write_all(descriptor, self._directory(checksums), start + self._end)
+            directory += _directory_entry(member, crc)
+        directory += self._end_of_directory(len(directory))
+        _write_all(descriptor, directory, start + self._end)
 
-    def _add(self, name: str, size: int, content: bytes | None) -> None:
-        encoded = f"{self._archive}/{name}".encode()
-        fixed = self._end + 30 + len(encoded) + len(_zip64(size, size))
-        pad = -(fixed + 4) % _ALIGNMENT  # in an extra field, whose own header takes 4 bytes
-        member = _Member(encoded, self._end, fixed + 4 + pad, size, content)
-        self._members.append(member)
-        self._end = member.data_offset + size
+    def _members(self) -> Iterator[_Member]:
+        """List the members; there may be as many as the model has tensors."""
+        end = 0
+        for name, size, content in self._contents():
+            encoded = f"{self._archive}/{name}".encode()
+            fixed = end + 30 + len(encoded) + len(_zip64(size, size))
+            pad = -(fixed + 4) % _ALIGNMENT  # in an extra field, whose own header takes 4 bytes
+            yield _Member(encoded, end, fixed + 4 + pad, size, content)
+            end = fixed + 4 + pad + size
 
-    def _directory(self, checksums: Sequence[int]) -> bytes:
-        """The central directory and the records that point to it."""
-        crcs = iter(checksums)
-        entries = b""
-        for member in self._members:
-            crc = next(crcs) if member.content is None else zlib.crc32(member.content)
-            entries += _directory_entry(member, crc)
-        count, size, start = len(self._members), len(entries), self._end
+    def _contents(self) -> Iterator[tuple[str, int, bytes | None]]:
+        yield "data.pkl", len(self._content), self._content
+        yield "byteorder", 6, b"little"
+        for number, length in enumerate(self._lengths):
+            yield f"data/{number}", length, None
+        yield "version", 2, b"3\n"
+
+    def _end_of_directory(self, size: int) -> bytes:
+        """The records after the central directory, which point to it."""
+        count, start = len(self._lengths) + 3, self._end
         end64 = struct.pack(
             "<4sQHHIIQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start
         )
@@ -273,18 +279,18 @@ class PtFile:
             "<4sHHHHIIH", b"PK\x05\x06", 0, 0, min(count, 0xFFFF), min(count, 0xFFFF),
             min(size, _MAX_32), min(start, _MAX_32), 0,
         )  # fmt: skip
-        return entries + (end64 + locator if is_large else b"") + end
+        return (end64 + locator if is_large else b"") + end
 
 
-def _with_storages(value: Any, tensors: list[NewTensor]) -> Any:
-    """Copy a structure, giving each tensor a storage of its own."""
+def _with_storages(value: Any, lengths: array[int]) -> Any:
+    """Copy a structure, giving each tensor a storage of its own, whose bytes are counted."""
     if isinstance(value, NewTensor):
-        tensors.append(value)
-        return TensorPickle(value.dtype, value.shape, str(len(tensors) - 1))
+        lengths.append(value.nbytes)
+        return TensorPickle(value.dtype, value.shape, str(len(lengths) - 1))
     if isinstance(value, argparse.Namespace):
-        return argparse.Namespace(**_with_storages(vars(value), tensors))
+        return argparse.Namespace(**_with_storages(vars(value), lengths))
     if isinstance(value, dict):
-        return {key: _with_storages(item, tensors) for key, item in value.items()}
+        return {key: _with_storages(item, lengths) for key, item in value.items()}
     return value
 
 
@@ -317,7 +323,7 @@ def _directory_entry(member: _Member, crc: int) -> bytes:
     return header + rest + member.name + extra
 
 
-def _write_all(descriptor: int, content: bytes, offset: int) -> None:
+def _write_all(descriptor: int, content: bytes | bytearray, offset: int) -> None:
     view = memoryview(content)
     while view:
         written = os.pwrite(descriptor, view, offset)

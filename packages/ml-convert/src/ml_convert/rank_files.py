@@ -98,6 +98,11 @@ def read_ranks(directory: Path) -> RankFiles:
     return files
 
 
+def holds_adapter(files: RankFiles) -> bool:
+    """Tell whether there is a LoRA adapter."""
+    return any(chunk for rank in files.ranks.values() for chunk in rank.adapters)
+
+
 # Which ranks there are
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ml_convert import legacy
 from ml_convert.dialects import Dialect, Home, Share
 from ml_convert.errors import ConversionError
-from ml_convert.layout import Layout, Place, Rectangle, Stored, matrix
+from ml_convert.layout import Layout, Place, Rectangle, Rectangles, Stored, matrix, stored_tensors
 from ml_models.architecture import Architecture
 from ml_models.weights import (
     EMBEDDING,
@@ -61,10 +61,7 @@ def layout(
         raise
     except ValueError as error:
         raise ConversionError(str(error)) from None
-    return Layout(
-        tensors=tuple(building.tensors),
-        rectangles={name: tuple(found) for name, found in building.rectangles.items()},
-    )
+    return Layout(tensors=building.tensors, rectangles=building.rectangles)
 
 
 class _Chunk(NamedTuple):
@@ -112,12 +109,12 @@ class _Building:
     def __init__(
         self, arch: Architecture, dialect: Dialect, tp_size: int, padded_vocab_size: int
     ) -> None:
-        self.tensors: list[Stored] = []
-        self.rectangles: dict[str, list[Rectangle]] = {}
+        self.tensors = stored_tensors()
+        self.rectangles = Rectangles()
         self._arch, self._dialect = arch, dialect
         self._tp_size, self._padded_vocab_size = tp_size, padded_vocab_size
         self._shared: dict[tuple[str, str], int] = {}  # tensors of several parameters
-        self._originals: dict[tuple[str, int, int], int] = {}  # by parameter, rank, first row
+        self._embeddings: dict[tuple[int, int], int] = {}
 
     def add(self, parameter: Parameter, chunk: _Chunk) -> None:
         """Add what all ranks store of a parameter of this chunk."""
@@ -130,20 +127,23 @@ class _Building:
         )
         is_copy = _is_tied_copy(self._arch, parameter)
         share = Share(parameter, name, shape, experts)
+        held = EMBEDDING if is_copy else parameter.name
+        originals = self._embeddings if held == EMBEDDING else {}  # by rank and first row
         for home in self._homes(share, is_copy=is_copy):
             full = home._replace(name=f"{chunk.key}.{home.name}")
             for tp_rank, (_, runs) in enumerate(cuts):
                 padding = shape[0] - sum(run.length for run in runs) if parameter.padded else 0
-                held = EMBEDDING if is_copy else parameter.name
                 stored = Stored("", full.name, full.shape, held, padding)
-                part = (held, 0 if parameter.split is None else tp_rank, full.first)
+                part = (0 if parameter.split is None else tp_rank, full.first)
                 rectangles = list(_rectangles(full, parameter, shape, runs))
                 for ep_rank in ep_ranks:
                     is_shared = full.stack is not None or full.rows != full.shape[0]
                     stored = stored._replace(file=chunk.files[tp_rank][ep_rank])
-                    index = self._index(stored, part, is_shared=is_shared)
-                    found = self.rectangles.setdefault(held, [])
-                    found += [rectangle._replace(tensor=index) for rectangle in rectangles]
+                    original = originals.get(part)
+                    index = self._index(stored, original, is_shared=is_shared)
+                    originals.setdefault(part, index)
+                    for rectangle in rectangles:
+                        self.rectangles.add(held, rectangle._replace(tensor=index))
 
     def _cut(self, parameter: Parameter, tp_rank: int) -> tuple[tuple[int, ...], tuple[Run, ...]]:
         return shard_runs(
@@ -159,7 +159,7 @@ class _Building:
         else:
             yield from self._dialect.homes(self._arch, share)
 
-    def _index(self, stored: Stored, part: tuple[str, int, int], *, is_shared: bool) -> int:
+    def _index(self, stored: Stored, original: int | None, *, is_shared: bool) -> int:
         """Return the index of a stored tensor, which may be there already."""
         key = (stored.file, stored.name)
         if is_shared and key in self._shared:
@@ -167,8 +167,7 @@ class _Building:
         index = len(self.tensors)
         if is_shared:
             self._shared[key] = index
-        self.tensors.append(stored._replace(copy_of=self._originals.get(part)))
-        self._originals.setdefault(part, index)
+        self.tensors.append(stored._replace(copy_of=original))
         return index
 
 

@@ -43,6 +43,8 @@ class Report:
     """Whether the result was compared with the source, element by element."""
     rounded: int = 0
     """How many elements another dtype has changed."""
+    logits: str = ""
+    """What a comparison of the logits found."""
     plan: tuple[Entry, ...] = ()
     """Of a dry run, every tensor that would be written, and from what."""
     free: int | None = None

@@ -14,7 +14,9 @@ import json
 import math
 import os
 import struct
+from array import array
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +41,25 @@ def read(path: Path) -> dict[str, Extent]:
             raise ConversionError(f"{path}: torn, or no safetensors file")
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
-        header.pop("__metadata__", None)
-        found = {name: _extent(path, 8 + length, entry) for name, entry in header.items()}
+        decoder = json.JSONDecoder(object_pairs_hook=partial(_object, path, 8 + length))
+        found = decoder.decode(text.decode())
+        found.pop("__metadata__", None)
+        for name, extent in found.items():
+            if not isinstance(extent, Extent):
+                raise ValueError(f"{name} is no tensor")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConversionError(f"{path}: its header is damaged ({error})") from None
     _check_spans(path, found, 8 + length, size)
     return found
 
 
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _object(path: Path, start: int, pairs: Sequence[tuple[str, Any]]) -> Extent | dict[str, Any]:
+    """Read an object of the header: a tensor at once, as there are many."""
     content = dict(pairs)
     if len(content) != len(pairs):
         raise ValueError("a name is there twice")
+    if type(content.get("data_offsets")) is list:
+        return _extent(path, start, content)
     return content
 
 
@@ -87,18 +95,18 @@ class SafetensorsFile:
     def __init__(self, tensors: Mapping[str, tuple[Dtype, tuple[int, ...]]]) -> None:
         """Lay out a file with these tensors; those of larger items come first, to be aligned."""
         order = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
+        text, begins, end = bytearray(b'{"__metadata__":{"format":"pt"}'), {}, 0
         for name in order:
             dtype, shape = tensors[name]
-            begin, end = end, end + math.prod(shape) * dtype.itemsize
-            entry = {"dtype": dtype.safetensors, "shape": shape, "data_offsets": [begin, end]}
-            header[name] = entry
-        text = json.dumps(header, separators=(",", ":")).encode()
+            begins[name], end = end, end + math.prod(shape) * dtype.itemsize
+            place = [begins[name], end]
+            entry = {"dtype": dtype.safetensors, "shape": shape, "data_offsets": place}
+            text += f",{json.dumps(name)}:{json.dumps(entry, separators=(',', ':'))}".encode()
+        text += b"}"
         text += b" " * (-len(text) % 8)
         self._start = struct.pack("<Q", len(text)) + text
         begin = len(self._start)
-        self.offsets = [begin + header[name]["data_offsets"][0] for name in tensors]
+        self.offsets = array("q", (begin + begins[name] for name in tensors))
         """Where each tensor's data starts, in the order they were given."""
         self.size = begin + end
         """Size of the whole file."""

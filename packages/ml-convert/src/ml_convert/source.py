@@ -34,8 +34,10 @@ class Source:
     """Args of a Megatron checkpoint."""
     config: Mapping[str, object] = field(default_factory=dict)
     """config.json of a Hugging Face model."""
+    is_hugging_face: bool = False
+    """Whether it is a Hugging Face model."""
     rank_files: RankFiles | None = None
-    """What the ranks of a Megatron checkpoint stored."""
+    """What the ranks of a Megatron checkpoint stored, if there is an adapter among it."""
     merged: Adapter | None = None
     """The adapter that is merged into the weights when they are read."""
     adapter: Adapter | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from ml_convert.ptfile import NewTensor, PtFile
 from ml_convert.request import Request
 from ml_convert.safetensors_file import SafetensorsFile
 from ml_convert.source import Source
-from ml_convert.tensor import Dtype, Extent
+from ml_convert.tensor import Dtype, Extent, extent_table
 from ml_models.families.family import Family
 from ml_models.weights import parameters
 
@@ -37,7 +38,10 @@ class Content(Protocol):
 
     has_checksums: bool
     size: int
-    offsets: list[int]
+
+    @property
+    def offsets(self) -> Sequence[int]:
+        """Where each tensor's data starts."""
 
     def finish(self, descriptor: int, checksums: Sequence[int]) -> None:
         """Write everything but the tensors."""
@@ -56,7 +60,7 @@ class NewFile(NamedTuple):
     name: str
     """Path within the checkpoint."""
     content: Content
-    tensors: tuple[int, ...]
+    tensors: Sequence[int]
     """Its tensors as indices into the layout, in the order of the content's offsets."""
 
 
@@ -85,13 +89,16 @@ class Target:
 
     def checkpoint(self, root: Path) -> Checkpoint:
         """Tell where every tensor will lie when the files are written under this directory."""
-        extents: dict[int, Extent] = {}
+        paths = {file.name: root / file.name for file in self.files}
+        offsets = array("q", bytes(8 * len(self.dtypes)))
         for file in self.files:
             for index, offset in zip(file.tensors, file.content.offsets, strict=True):
-                shape = self.layout.tensors[index].shape
-                extents[index] = Extent(root / file.name, offset, self.dtypes[index], shape)
-        ordered = tuple(extents[index] for index in range(len(self.layout.tensors)))
-        return Checkpoint(layout=self.layout, extents=ordered)
+                offsets[index] = offset
+        extents = (
+            Extent(paths[stored.file], offset, dtype, stored.shape)
+            for stored, offset, dtype in zip(self.layout.tensors, offsets, self.dtypes, strict=True)
+        )
+        return Checkpoint(layout=self.layout, extents=extent_table(extents))
 
 
 def design(request: Request, source: Source) -> Target:
@@ -191,7 +198,7 @@ def _args(request: Request, source: Source, dtype: Dtype) -> Namespace:
         padded_vocab_size=request.padded_vocabulary(source.arch),
         make_vocab_size_divisible_by=divisible_by,
         family=source.family.name if source.family else None,
-        inherited=source.args,
+        inherited=companions.token_ids(source.config) if source.is_hugging_face else source.args,
         dialect=request.dialect,
     )
 
@@ -237,7 +244,7 @@ def _adapter(request: Request, source: Source, adapter: Adapter) -> Target:
     if config is not None:
         stored = zip(layout.tensors, dtypes, strict=True)
         content = SafetensorsFile({tensor.name: (dtype, tensor.shape) for tensor, dtype in stored})
-        files = (NewFile(lora_peft.WEIGHTS, content, tuple(range(len(layout.tensors)))),)
+        files = (NewFile(lora_peft.WEIGHTS, content, range(len(layout.tensors))),)
         return Target(layout=layout, dtypes=dtypes, files=files, beside=config)
     args = lora_target.with_settings(
         _args(request, source, dtypes[0]), adapter, is_legacy=request.dialect.legacy
@@ -266,9 +273,9 @@ def _hugging_face(request: Request, source: Source) -> Target:
     return Target(layout=layout, dtypes=dtypes, files=tuple(files))
 
 
-def _by_file(layout: Layout) -> dict[str, tuple[int, ...]]:
+def _by_file(layout: Layout) -> dict[str, array[int]]:
     """List the tensors of each file, in order; chunks of a Megatron file stay together."""
-    found: dict[str, list[int]] = {}
+    found: dict[str, array[int]] = {}
     for index, stored in enumerate(layout.tensors):
-        found.setdefault(stored.file, []).append(index)
-    return {file: tuple(indices) for file, indices in found.items()}
+        found.setdefault(stored.file, array("q")).append(index)
+    return found

@@ -7,8 +7,11 @@ changed, elements are opaque words. Tensors are contiguous and little-endian.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from ml_convert.table import Table
 
 
 class Dtype(NamedTuple):
@@ -18,6 +21,11 @@ class Dtype(NamedTuple):
     itemsize: int
     safetensors: str
     torch_storage: str
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether it is one of floating point numbers."""
+        return "float" in self.name
 
 
 DTYPES = {
@@ -58,3 +66,8 @@ class Extent(NamedTuple):
     def row_bytes(self) -> int:
         """Size of one index along dim 0."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+def extent_table(extents: Iterable[Extent] = ()) -> Table[Extent]:
+    """Return a list of extents that takes little memory."""
+    return Table(Extent, extents, numbers=("offset",))

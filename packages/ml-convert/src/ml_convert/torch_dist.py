@@ -23,10 +23,10 @@ from typing import NamedTuple
 
 from ml_convert import distcp, megatron_args, ptfile, torch_dist_metadata
 from ml_convert.errors import ConversionError
-from ml_convert.layout import Layout, Rectangle, Stored, matrix
+from ml_convert.layout import Layout, Rectangle, Rectangles, Stored, matrix, stored_tensors
 from ml_convert.plan import Checkpoint
 from ml_convert.source import Source
-from ml_convert.tensor import Extent
+from ml_convert.tensor import Extent, extent_table
 from ml_convert.torch_dist_keys import Key, parse
 from ml_convert.torch_dist_metadata import METADATA, Chunk, Metadata, Tensor
 from ml_models import registry
@@ -172,9 +172,9 @@ class _Building:
     def __init__(self, directory: Path, arch: Architecture) -> None:
         self._directory, self._arch = directory, arch
         self._table = {parameter.name: parameter for parameter in parameters(arch)}
-        self._tensors: list[Stored] = []
-        self._extents: list[Extent] = []
-        self._rectangles: dict[str, list[Rectangle]] = {}
+        self._tensors = stored_tensors()
+        self._extents = extent_table()
+        self._rectangles = Rectangles()
 
     def add(self, key: str, parsed: Key, tensor: Tensor, extents: Sequence[Extent]) -> None:
         """Add the chunks of a stored tensor."""
@@ -192,9 +192,8 @@ class _Building:
         if missing:
             more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
             raise ConversionError(f"{self._directory}: {missing[0]}{more} missing")
-        rectangles = {name: tuple(found) for name, found in self._rectangles.items()}
-        layout = Layout(tensors=tuple(self._tensors), rectangles=rectangles)
-        return Checkpoint(layout=layout, extents=tuple(self._extents))
+        layout = Layout(tensors=self._tensors, rectangles=self._rectangles)
+        return Checkpoint(layout=layout, extents=self._extents)
 
     def _check_shape(self, key: str, parsed: Key, tensor: Tensor) -> None:
         """Check that a stored tensor has the shape that the model's description asks for."""
@@ -231,10 +230,10 @@ class _Building:
         self._extents.append(extent._replace(shape=stacked))
         columns, column = math.prod(shape[1:]), offsets[1] if len(offsets) > 1 else 0
         for part in parts:
-            found = self._rectangles.setdefault(part.parameter.name, [])
             first = offsets[0] + self._first_row(part.parameter, parsed)
             if true_rows:
-                found.append(Rectangle(index, part.row, first, column, true_rows, columns))
+                rectangle = Rectangle(index, part.row, first, column, true_rows, columns)
+                self._rectangles.add(part.parameter.name, rectangle)
 
     def _rows(self, parameter: Parameter, parsed: Key, first: int, rows: int) -> int:
         """Count the rows of a chunk that are not padding."""

@@ -8,14 +8,16 @@ is read without importing what it names, and written without torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from ml_convert import pickles
 from ml_convert.errors import ConversionError
-from ml_convert.pickles import Call, Global, Instance, Pairs
+from ml_convert.files import is_file_name
+from ml_convert.pickles import Call, Global, Instance, Items, Pairs
+from ml_convert.table import Table
 from ml_convert.tensor import DTYPES, Dtype
 
 METADATA = ".metadata"
@@ -40,20 +42,31 @@ class Chunk(NamedTuple):
     """Bytes there, which are a file of torch.save of their own."""
 
 
+def chunk_table(chunks: Iterable[Chunk] = ()) -> Table[Chunk]:
+    """Return a list of chunks that takes little memory."""
+    return Table(Chunk, chunks, numbers=("start", "length"))
+
+
 class Tensor(NamedTuple):
     """A tensor of the whole model."""
 
     dtype: Dtype
     shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
+    chunks: Sequence[Chunk]
 
 
 class Bytes(NamedTuple):
     """An object that is no tensor, pickled in a part of a file."""
 
+    key: str
     file: str
     start: int
     length: int
+
+
+def bytes_table(objects: Iterable[Bytes] = ()) -> Table[Bytes]:
+    """Return a list of objects that takes little memory."""
+    return Table(Bytes, objects, numbers=("start", "length"))
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,7 @@ class Metadata:
     """What a checkpoint holds."""
 
     tensors: Mapping[str, Tensor]
-    objects: Mapping[str, Bytes]
+    objects: Sequence[Bytes]
 
 
 # Reading
@@ -93,16 +106,68 @@ class _Tensor(_Record):
     """A tensor."""
 
 
-class _Bytes(_Record):
+class _Small:
+    """Stands in for a dataclass of which there are many: keeps these attributes only."""
+
+    __slots__: tuple[str, ...] = ()
+
+    def __new__(cls, *_: Any) -> Self:
+        made = super().__new__(cls)
+        for name in cls.__slots__:
+            setattr(made, name, None)
+        return made
+
+    def __init__(self, *_: Any) -> None:
+        """Do nothing with arguments."""
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            for name in self.__slots__:
+                setattr(self, name, state.get(name))
+            state.clear()  # the unpickler keeps it to the end
+
+    def get(self, name: str) -> Any:
+        """Return an attribute."""
+        return getattr(self, name)
+
+
+class _Index(_Small):
+    """What a part of a file holds."""
+
+    __slots__ = ("fqn", "offset")
+
+    fqn: Any
+    offset: Any
+
+    @classmethod
+    def of(cls, fqn: str, offset: tuple[int, ...] | None) -> _Index:
+        """Make one to look for."""
+        made = cls()
+        made.fqn, made.offset = fqn, offset
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        same = isinstance(other, _Index) and (self.fqn, self.offset) == (other.fqn, other.offset)
+        return bool(same)
+
+    def __hash__(self) -> int:
+        return hash((self.fqn, self.offset))
+
+
+class _Info(_Small):
+    """A part of a file."""
+
+    __slots__ = ("length", "offset", "relative_path", "transform_descriptors")
+
+
+class _Bytes(_Small):
     """An object."""
 
 
-class _Index(_Record):
-    """What a part of a file holds."""
+class _Chunk(_Small):
+    """A part of a tensor."""
 
-
-class _Info(_Record):
-    """A part of a file."""
+    __slots__ = ("offsets", "sizes")
 
 
 @pickles.Function
@@ -118,7 +183,7 @@ _KNOWN: Mapping[tuple[str, str], Callable[..., Any]] = {
     (_MODULE, "BytesStorageMetadata"): _Bytes,
     (_MODULE, "MetadataIndex"): _Index,
     _STORAGE_INFO: _Info,
-    (_MODULE, "ChunkStorageMetadata"): _Record,
+    (_MODULE, "ChunkStorageMetadata"): _Chunk,
     (_MODULE, "TensorProperties"): _Record,
     (_MODULE, "StorageMeta"): _Record,
     (_MODULE, "_MEM_FORMAT_ENCODING"): _Record,
@@ -153,16 +218,13 @@ def read(directory: Path) -> Metadata:
 def _decoded(content: Any) -> Metadata:
     if not isinstance(content, _Metadata):
         raise TypeError(f"it holds {type(content).__name__}")
-    places = {
-        (index.get("fqn"), index.get("offset")): info
-        for index, info in (content.get("storage_data") or {}).items()
-    }
-    tensors, objects = {}, {}
+    places = content.get("storage_data") or {}
+    tensors, objects = {}, bytes_table()
     for key, entry in content.get("state_dict_metadata").items():
         if not isinstance(key, str):
             raise TypeError(f"{key!r} is no name")
         if isinstance(entry, _Bytes):
-            objects[key] = Bytes(*_place(places[key, None]))
+            objects.append(Bytes(key, *_place(places[_Index.of(key, None)])))
         elif isinstance(entry, _Tensor):
             tensors[key] = _tensor(key, entry, places)
         else:
@@ -174,11 +236,11 @@ def _tensor(key: str, entry: _Tensor, places: Mapping[Any, _Info]) -> Tensor:
     dtype = entry.get("properties").get("state")[0]
     if dtype not in DTYPES:
         raise ValueError(f"{key} has a dtype that is not supported: {dtype!r}")
-    chunks = []
+    chunks = chunk_table()
     for chunk in entry.get("chunks"):
         offsets, sizes = _shape(chunk.get("offsets")), _shape(chunk.get("sizes"))
-        chunks.append(Chunk(offsets, sizes, *_place(places[key, offsets])))
-    return Tensor(DTYPES[dtype], _shape(entry.get("size")), tuple(chunks))
+        chunks.append(Chunk(offsets, sizes, *_place(places[_Index.of(key, offsets)])))
+    return Tensor(DTYPES[dtype], _shape(entry.get("size")), chunks)
 
 
 def _shape(value: Any) -> tuple[int, ...]:
@@ -193,7 +255,7 @@ def _place(info: _Info) -> tuple[str, int, int]:
         raise ValueError(f"a part of {file!r} is at {start!r}")
     if info.get("transform_descriptors"):
         raise ValueError(f"parts of {file} are compressed, which is not supported")
-    if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+    if not is_file_name(file):
         raise ValueError(f"{file!r} is no name of a file beside it")
     if min(start, length) < 0:
         raise ValueError(f"a part of {file} begins or ends before it")
@@ -238,8 +300,7 @@ def _parts(metadata: Metadata) -> Iterator[tuple[str, str, int, int]]:
     for key, tensor in metadata.tensors.items():
         for chunk in tensor.chunks:
             yield key, chunk.file, chunk.start, chunk.length
-    for key, place in metadata.objects.items():
-        yield key, *place
+    yield from metadata.objects
 
 
 # Writing
@@ -247,25 +308,31 @@ def _parts(metadata: Metadata) -> Iterator[tuple[str, str, int, int]]:
 
 def dump(metadata: Metadata) -> bytes:
     """Write `.metadata` as torch.distributed.checkpoint reads it."""
-    entries: dict[str, Instance] = {}
-    places: list[tuple[Instance, Instance]] = []
-    for key, tensor in metadata.tensors.items():
-        entries[key] = _tensor_entry(tensor)
-        for chunk in tensor.chunks:
-            place = (chunk.file, chunk.start, chunk.length)
-            places.append((_index(key, _torch_size(chunk.offsets)), _info(*place)))
-    for key, found in metadata.objects.items():
-        entries[key] = _instance("BytesStorageMetadata")
-        places.append((_index(key, None), _info(*found)))
     content = _instance(
         "Metadata",
-        state_dict_metadata=entries,
+        state_dict_metadata=Pairs(_entries(metadata)),
         planner_data=None,
-        storage_data=Pairs(tuple(places)),
+        storage_data=Pairs(_places(metadata)),
         storage_meta=None,
         version=_VERSION,
     )
     return pickles.dump(content)
+
+
+def _entries(metadata: Metadata) -> Iterator[tuple[str, Instance]]:
+    for key, tensor in metadata.tensors.items():
+        yield key, _tensor_entry(tensor)
+    for key, *_ in metadata.objects:
+        yield key, _instance("BytesStorageMetadata")
+
+
+def _places(metadata: Metadata) -> Iterator[tuple[Instance, Instance]]:
+    for key, tensor in metadata.tensors.items():
+        for chunk in tensor.chunks:
+            place = (chunk.file, chunk.start, chunk.length)
+            yield _index(key, _torch_size(chunk.offsets)), _info(*place)
+    for key, file, start, length in metadata.objects:
+        yield _index(key, None), _info(file, start, length)
 
 
 def _instance(name: str, **attributes: Any) -> Instance:
@@ -273,14 +340,14 @@ def _instance(name: str, **attributes: Any) -> Instance:
 
 
 def _tensor_entry(tensor: Tensor) -> Instance:
-    chunks = [
+    chunks = Items(
         _instance(
             "ChunkStorageMetadata",
             offsets=_torch_size(chunk.offsets),
             sizes=_torch_size(chunk.shape),
         )
         for chunk in tensor.chunks
-    ]
+    )
     dtype = Global("torch", tensor.dtype.name)
     strided = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
     contiguous = Call(Global(_MODULE, "_MEM_FORMAT_ENCODING"), (0,))

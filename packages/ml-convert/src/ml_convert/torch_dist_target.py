@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_convert import torch_dist_metadata
 from ml_convert.distcp import DistcpFile
 from ml_convert.errors import ConversionError
-from ml_convert.layout import Layout, Rectangle, Stored, matrix
+from ml_convert.layout import Layout, Rectangle, Rectangles, Stored, matrix, stored_tensors
 from ml_convert.ptfile import NewTensor, PtFile
+from ml_convert.table import Table
 from ml_convert.tensor import Dtype
 from ml_convert.torch_dist import BACKENDS, COMMON, CONFIG
 from ml_convert.torch_dist_keys import Written, has_extra_state, is_stacked, written
-from ml_convert.torch_dist_metadata import METADATA, Bytes, Chunk, Metadata, Tensor
+from ml_convert.torch_dist_metadata import (
+    METADATA,
+    Bytes,
+    Chunk,
+    Metadata,
+    Tensor,
+    bytes_table,
+    chunk_table,
+)
 from ml_models.architecture import Architecture
 from ml_models.weights import Parameter, parameters
 
@@ -46,26 +56,24 @@ def layout(arch: Architecture, *, padded_vocab_size: int, files: Mapping[str, st
         padded_vocab_size: Rows of the vocabulary tables.
         files: File of each parameter by name.
     """
-    tensors, rectangles = [], {}
+    tensors, rectangles = stored_tensors(), Rectangles()
     for index, item in enumerate(_items(arch, padded_vocab_size)):
         name, rows = item.parameter.name, item.parameter.shape[0]
         key = f"{item.place.key}{list(item.place.offsets)}"
         padding = item.shape[0] - rows
         tensors.append(Stored(files.get(name, ""), key, item.shape, name, padding))
         columns = matrix(item.shape)[1]
-        rectangles[name] = (Rectangle(index, 0, 0, 0, rows, columns),)
-    return Layout(tensors=tuple(tensors), rectangles=rectangles)
+        rectangles.add(name, Rectangle(index, 0, 0, 0, rows, columns))
+    return Layout(tensors=tensors, rectangles=rectangles)
 
 
-def _items(arch: Architecture, padded_vocab_size: int) -> list[_Item]:
+def _items(arch: Architecture, padded_vocab_size: int) -> Iterator[_Item]:
     stacked = is_stacked(arch)
-    found = []
     for parameter in parameters(arch):
         shape = parameter.shape
         if parameter.padded:
             shape = (padded_vocab_size, *shape[1:])
-        found.append(_Item(parameter, written(parameter, arch, stacked=stacked), shape))
-    return found
+        yield _Item(parameter, written(parameter, arch, stacked=stacked), shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,23 +134,20 @@ def design(
         args: Args of the checkpoint.
     """
     laid_out: dict[str, DistcpFile] = {}
-    tensors: dict[str, list[tuple[_Item, Chunk]]] = {}
-    objects: dict[str, Bytes] = {}
-    by_file: dict[str, list[_Item]] = {}
-    for item in _items(arch, padded_vocab_size):
-        by_file.setdefault(files[item.parameter.name], []).append(item)
-    for file, held in by_file.items():
-        states = [item.place.extra_state for item in held if has_extra_state(item.parameter)]
-        values: list[Any] = [NewTensor(dtypes[i.parameter.name], i.chunk_shape) for i in held]
-        content = laid_out[file] = DistcpFile([*values, *(_NO_STATE for _ in states)])
+    tensors: dict[str, Tensor] = {}
+    objects = bytes_table()
+    for file, found in groupby(
+        _items(arch, padded_vocab_size), lambda item: files[item.parameter.name]
+    ):
+        held = list(found)
+        with_state = [item for item in held if has_extra_state(item.parameter)]
+        values = _values(held, dtypes)
+        content = laid_out[file] = DistcpFile([*values, *(_NO_STATE for _ in with_state)])
         for item, span in zip(held, content.spans, strict=False):
-            chunk = _chunk(item, file, *span)
-            tensors.setdefault(item.place.key, []).append((item, chunk))
-        objects |= {
-            key: Bytes(file, *span)
-            for key, span in zip(states, content.spans[len(held) :], strict=True)
-        }
-    metadata = Metadata({k: _tensor(found, dtypes) for k, found in tensors.items()}, objects)
+            _add_chunk(tensors, item, dtypes[item.parameter.name], _chunk(item, file, *span))
+        for item, span in zip(with_state, content.spans[len(held) :], strict=True):
+            objects.append(Bytes(item.place.extra_state, file, *span))
+    metadata = Metadata(tensors, objects)
     common = {
         "args": args,
         "checkpoint_version": 3.0,
@@ -160,14 +165,22 @@ def _chunk(item: _Item, file: str, start: int, length: int) -> Chunk:
     return Chunk(offsets, item.chunk_shape, file, start, length)
 
 
-def _tensor(found: Sequence[tuple[_Item, Chunk]], dtypes: Mapping[str, Dtype]) -> Tensor:
-    item = found[0][0]
-    for other, _ in found:
-        ours, theirs = (dtypes[each.parameter.name].name for each in (item, other))
-        if ours != theirs:
-            raise ConversionError(
-                f"{item.place.key} would hold {item.parameter.name}, which is {ours}, and "
-                f"{other.parameter.name}, which is {theirs}; give --params-dtype"
-            )
-    shape = (*item.place.sizes, *item.shape)
-    return Tensor(dtypes[item.parameter.name], shape, tuple(chunk for _, chunk in found))
+def _values(items: Sequence[_Item], dtypes: Mapping[str, Dtype]) -> Iterator[NewTensor]:
+    """Yield what to save, the same object for the same shape."""
+    known: dict[NewTensor, NewTensor] = {}
+    for item in items:
+        value = NewTensor(dtypes[item.parameter.name], item.chunk_shape)
+        yield known.setdefault(value, value)
+
+
+def _add_chunk(tensors: dict[str, Tensor], item: _Item, dtype: Dtype, chunk: Chunk) -> None:
+    """Add a chunk to the tensor of the whole model that it is a part of."""
+    key, shape = item.place.key, (*item.place.sizes, *item.shape)
+    tensor = tensors.setdefault(key, Tensor(dtype, shape, chunk_table()))
+    if tensor.dtype != dtype:
+        raise ConversionError(
+            f"{key} would hold weights of {tensor.dtype.name}, and {item.parameter.name}, which is "
+            f"{dtype.name}; give --params-dtype"
+        )
+    assert isinstance(tensor.chunks, Table)
+    tensor.chunks.append(chunk)

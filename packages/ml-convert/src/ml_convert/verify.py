@@ -47,7 +47,7 @@ def check_dtypes(plan: Plan, dtype: Dtype | None) -> None:
         expected = stored if parameter.float32 else dtype or stored
         found = plan.target.dtypes[name]
         if found != expected:
-            path = plan.target.extents[plan.target.primary[name][0].tensor].path
+            path = plan.target.extents[plan.target.primary(name)[0].tensor].path
             raise VerificationError(f"{path}: {name} is {found.name}, not {expected.name}")
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
-from ml_models import flags
+from ml_models.commands import Command, run_command
+from ml_models.commands import main as run
 
 COMMANDS = {
-    "generate": flags.Command(
+    "generate": Command(
         summary="continue texts with a model, showing the words as they come",
         run="ml_eval.generate:main",
     ),
@@ -17,6 +17,12 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
+    return run_command("ml-eval", lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    import logging
+
     logging.basicConfig(format="%(message)s")
     logging.getLogger("ml_eval").setLevel(logging.INFO)
-    return flags.main("ml-eval", "Use and measure language models.", COMMANDS, argv)
+    return run("ml-eval", "Use and measure language models.", COMMANDS, argv)
