@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
-from ml_models import flags
+from ml_models.commands import Command, run_command
+from ml_models.commands import main as run
 
 COMMANDS = {
-    "pretrain": flags.Command(
+    "pretrain": Command(
         summary="tokenize text files for pre-training", run="ml_data.pretrain:main"
     ),
-    "instruct": flags.Command(
+    "instruct": Command(
         summary="conversations to tokens and labels, for instruction tuning",
         run="ml_data.instruct:main",
     ),
-    "preference": flags.Command(
+    "preference": Command(
         summary="chosen and rejected answers to tokens and labels, for DPO",
         run="ml_data.preference:main",
     ),
-    "merge": flags.Command(summary="join datasets to one", run="ml_data.merge:main"),
-    "inspect": flags.Command(
+    "merge": Command(summary="join datasets to one", run="ml_data.merge:main"),
+    "inspect": Command(
         summary="show what a dataset holds and check that it is whole",
         run="ml_data.inspection:main",
     ),
-    "preprocess": flags.Command(
+    "preprocess": Command(
         summary="a command line of ModelLink's preprocess_data.py", run="ml_data.preprocess:main"
     ),
 }
@@ -32,6 +32,12 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit code."""
+    return run_command("ml-data", lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    import logging
+
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     description = "Texts, instructions and preferences to the token files that Megatron trains on."
-    return flags.main("ml-data", description, COMMANDS, argv)
+    return run("ml-data", description, COMMANDS, argv)
