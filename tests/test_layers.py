@@ -41,7 +41,7 @@ def test_a_package_that_brings_its_sibling_fails(
 ) -> None:
     monkeypatch.setattr(layers, "DIST", tmp_path)
     monkeypatch.setattr(layers, "install", lambda *_: {"top", "sibling", "bottom"})
-    row = layers.check("top", {"bottom"}, slow=False)
+    row = layers.check("top", {"bottom"}, every_case=False)
     assert not row.passed
     assert "brings sibling" in row.verdict
 

@@ -1,8 +1,8 @@
 """Prove the layers: build all wheels, install each alone with the wheels it needs, run its tests.
 
-    hatch run layers                 # every package, without the tests marked slow
+    hatch run layers                 # every package; one case of every test that is not slow
     hatch run layers ml-kernels      # these packages only
-    hatch run layers --slow          # the slow tests too
+    hatch run layers --all           # every case of every test
 
 A fresh environment gets one package (with its `test` extra, if any) and pytest; pip's resolver adds
 what the package declares and nothing else. So an undeclared import, or one from a package of the
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = [name for row in reversed(layers) for name in row]
     parser = argparse.ArgumentParser(prog="layers", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("packages", nargs="*", metavar="PACKAGE", help="one of " + ", ".join(known))
-    parser.add_argument("--slow", action="store_true", help="also run the tests marked slow")
+    parser.add_argument("--all", action="store_true", help="run every case of every test")
     arguments = parser.parse_args(argv)
     if unknown := set(arguments.packages) - set(known):
         parser.error(f"no package {', '.join(sorted(unknown))}; there are {', '.join(known)}")
@@ -62,12 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     rows: list[Row] = []
     for name in arguments.packages or known:
-        rows.append(check(name, below(name, layers), slow=arguments.slow))
+        rows.append(check(name, below(name, layers), every_case=arguments.all))
         if not rows[-1].passed:
             break
     print("\n" + table(rows))
-    if not arguments.slow:
-        print("Tests marked slow were left out; --slow runs them too.")
+    if not arguments.all:
+        print("Of every test that is not slow one case was run; --all runs them all.")
     return 0 if rows[-1].passed else 1
 
 
@@ -94,7 +94,7 @@ def build(names: Sequence[str]) -> None:
         _uv("build", "--quiet", "--wheel", "--out-dir", DIST, ROOT / "packages" / name)
 
 
-def check(name: str, allowed: set[str], *, slow: bool) -> Row:
+def check(name: str, allowed: set[str], *, every_case: bool) -> Row:
     """Install `name` alone and run its tests there."""
     started = time.monotonic()
     environment = DIST / "environments" / name
@@ -103,7 +103,7 @@ def check(name: str, allowed: set[str], *, slow: bool) -> Row:
         ours = install(name, environment) - {name}
         if ours - allowed:
             raise LayerError(f"brings {', '.join(sorted(ours - allowed))} of its layer or higher")
-        verdict = run_tests(name, environment, slow=slow)
+        verdict = run_tests(name, environment, every_case=every_case)
     except LayerError as error:
         return Row(name, "", time.monotonic() - started, str(error), passed=False)
     finally:
@@ -125,17 +125,17 @@ def install(name: str, environment: Path) -> set[str]:
     return {path.name.partition("-")[0].replace("_", "-") for path in installed} & set(ours)
 
 
-def run_tests(name: str, environment: Path, *, slow: bool) -> str:
+def run_tests(name: str, environment: Path, *, every_case: bool) -> str:
     """Run the package's tests in its environment; return pytest's last line."""
-    marks = [] if slow else ["-m", "not slow"]
+    some = [] if every_case else ["-m", "not slow", "-p", "first_cases"]
     command = [
         str(environment / "bin" / "pytest"),
         "-q",
         *_TWO_FILES,
         f"packages/{name}/tests",
-        *marks,
+        *some,
     ]
-    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    variables = os.environ | {"PYTHONPATH": str(ROOT / "tools")}  # first_cases.py
     variables["PATH"] = f"{environment / 'bin'}{os.pathsep}{variables['PATH']}"
     with subprocess.Popen(
         command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True
