@@ -220,6 +220,7 @@ torch.testing.assert_close((compiled, *found), (plain, *expected))
 """
 
 
+@pytest.mark.slow
 def test_operators_are_a_part_of_a_graph_from_their_first_use_on():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
