@@ -86,6 +86,7 @@ def test_plain_values_of_the_source_are_kept_and_others_left_behind():
         seq_length=32,
         iteration=70,
         consumed_train_samples=700,
+        consumed_train_tokens=70_000,
         data_path=["a", 1],
         kind=Kind.A,
         nested=[Kind.A],
@@ -94,7 +95,9 @@ def test_plain_values_of_the_source_are_kept_and_others_left_behind():
     args = vars(written(inherited=source))
     assert (args["lr"], args["seq_length"], args["data_path"]) == (1e-4, 32, ["a", 1])
     assert args["num_layers"] == 4
-    assert args["iteration"] == args["consumed_train_samples"] == 0  # of a training that is over
+    # Of a training that is over.
+    assert args["iteration"] == 0
+    assert args["consumed_train_samples"] == args["consumed_train_tokens"] == 0
     assert not {"kind", "nested"} & args.keys()
 
 

@@ -135,6 +135,12 @@ def test_an_interrupt_waits_until_everything_is_published(tmp_path, monkeypatch)
     assert names(tmp_path) == ["data.bin", "data.idx", "data.json"]
 
 
+def test_a_directory_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "out").write_text("")
+    with FileSet() as files, pytest.raises(UsageError, match=r"/out: not a directory$"):
+        files.create(tmp_path / "out" / "data.bin")
+
+
 def test_a_failed_write_names_its_file(tmp_path):
     with (
         pytest.raises(OSError, match=r"No space left on device: '.*data\.bin'"),

@@ -41,7 +41,7 @@ def directory(tmp_path):
         path = tmp_path / "tokenizer"
         shutil.copytree(tokenizer, path)
         if template is not None:
-            (path / "chat_template.jinja").write_text(template, encoding="utf-8")
+            (path / "chat_template.jinja").write_bytes(template.encode(errors="surrogateescape"))
         file = path / "tokenizer_config.json"
         given = json.loads(file.read_text()) if file.exists() else {}
         file.write_text(json.dumps({**given, **config}))
@@ -171,15 +171,23 @@ def test_published_templates_give_their_text_and_whole_answers(asset, directory,
 END_OF_ANSWER = {"<end_of_turn>", "<|eot_id|>", "<|end|>", "<|end|>\n</s>", "<|im_end|>"}
 
 
+FORGETFUL = CHATML.replace(
+    "{{ m.content }}",
+    "{% if loop.last or m.role == 'user' %}{{ m.content }}"
+    "{% else %}{{ m.content.split('</think>')[-1] }}{% endif %}",
+)
+"""As Qwen 3: only the last answer keeps its thoughts."""
+
+
 def test_an_earlier_answer_without_its_thoughts_is_found(directory):
-    """As Qwen 3: only the last answer keeps them."""
-    template = CHATML.replace(
-        "{{ m.content }}",
-        "{% if loop.last or m.role == 'user' %}{{ m.content }}"
-        "{% else %}{{ m.content.split('</think>')[-1] }}{% endif %}",
-    )
-    parts = pieces(directory(template), say("a", "<think>x</think>b", "c", "<think>y</think>d"))
+    parts = pieces(directory(FORGETFUL), say("a", "<think>x</think>b", "c", "<think>y</think>d"))
     assert parts[1::2] == ["b<|im_end|>\n", "<think>y</think>d<|im_end|>\n"]
+
+
+def test_a_question_that_repeats_an_answer_with_its_thoughts_is_no_part_of_it(directory):
+    answer = "<think>x</think>b"
+    parts = pieces(directory(FORGETFUL), say("a", answer, answer, "d", answer, answer))
+    assert parts[1::2] == ["b<|im_end|>\n", "d<|im_end|>\n", f"{answer}<|im_end|>\n"]
 
 
 def test_what_asks_may_begin_an_answer_that_is_written_without_it(directory):
@@ -234,6 +242,14 @@ def test_no_answer_is_ever_empty(directory, texts):
     for part in itertools.islice(pieces(directory(CHATML), say(*texts)), 1, None, 2):
         assert part.endswith("<|im_end|>\n")
         assert len(part) > len("<|im_end|>\n")
+
+
+def test_shapes_of_conversations_do_not_fill_the_memory(directory, monkeypatch):
+    monkeypatch.setattr("ml_data.templates.hugging_face._SHAPES", 3)
+    chat = chat_template_format(load_tokenizer(directory(CHATML)))
+    for turns in range(1, 9):
+        chat.encode(say(*["a", "b"] * turns))
+        assert 1 <= len(chat.forms) <= 3
 
 
 def test_marks_that_are_not_one_an_answer_are_an_error(directory):
@@ -336,8 +352,10 @@ def test_a_template_in_the_config_and_one_for_tools_by_name(directory):
         ("{% if %}", {}, "chat_template.jinja: the chat template is not Jinja"),
         (None, {"chat_template": "{{"}, "tokenizer_config.json: the chat template is not Jinja"),
         (None, {"chat_template": [{"name": "rag", "template": ""}]}, "named default, only rag"),
+        (None, {"chat_template": [{"name": "default"}]}, "a list of objects with name and temp"),
+        ("\udcff", {}, r"chat_template.jinja: not UTF-8"),
     ],
-    ids=["none", "file", "config", "names"],
+    ids=["none", "file", "config", "names", "entry", "bytes"],
 )
 def test_a_tokenizer_without_a_usable_template_is_told_what_to_do(
     directory, template, config, message
@@ -356,3 +374,12 @@ def test_special_tokens_are_seen_where_the_tokenizer_reads_them_as_text(
     assert turn.source[0] == tokenizer.bos
     assert turn.target[-1] == tokenizer.eod
     assert tokenizer.bos not in turn.source[1:]
+
+
+def test_the_date_in_a_template_can_be_fixed(directory, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    dated = "{{ strftime_now('%d %b %Y') }}" + CHATML
+    path = directory(dated)
+    tokenizer = load_tokenizer(path)
+    turns = chat_template_format(tokenizer).encode(say("a", "b"))
+    assert tokenizer.decode(turns.turns[0].source).startswith("02 Jan 1970")

@@ -10,7 +10,7 @@ from ml_data.sample_info import read_sample_info
 from ml_models.flags import UsageError
 
 ENTRIES = {
-    "plain": {"file_name": "plain.json"},
+    "plain": {"file_name": "plain.json", "file_sha1": "607f94a7f581341e59685aef32f531095232cf23"},
     "mapped": {
         "file_name": "sub/mapped.jsonl",
         "columns": {"prompt": "q", "response": "a", "history": "past"},
@@ -39,6 +39,7 @@ ENTRIES = {
     "folder": {"file_name": "plain.json", "folder": "python"},
     "split": {"file_name": "plain.json", "split": "test"},
     "few": {"file_name": "plain.json", "num_samples": 0},
+    "text": {"file_name": "plain.json", "ranking": "false"},
     "list": [],
     "none": {"formatting": "alpaca"},
 }
@@ -102,6 +103,7 @@ def test_datasets_are_found_by_their_names(directory):
         ("folder", "folder is of datasets on a hub"),
         ("split", "split .*: files hold the split train only"),
         ("few", "num_samples 0: must be at least 1"),
+        ("text", 'ranking "false": must be true or false'),
         ("list", "not an object but"),
         ("none", "no file_name; it has formatting"),
         ("pairs", "ranking is true: that is for ml-data preference"),
@@ -121,13 +123,16 @@ def test_a_directory_without_a_whole_dataset_info_is_named(directory):
     (directory / "dataset_info.json").write_text("{")
     with pytest.raises(UsageError, match=r"dataset_info.json: not JSON"):
         datasets(["plain"], str(directory), pairwise=False)
+    (directory / "dataset_info.json").write_text("[" * 100_000)
+    with pytest.raises(UsageError, match=r"dataset_info.json: not JSON \(maximum recursion"):
+        datasets(["plain"], str(directory), pairwise=False)
     (directory / "dataset_info.json").write_text("[]")
     with pytest.raises(UsageError, match="not an object of datasets by name"):
         datasets(["plain"], str(directory), pairwise=False)
 
 
 def test_datasets_of_different_forms_make_one_dataset(flags, tmp_path):
-    names = ["--input", "plain,mapped,talk,openai"]
+    names = ["--input", "plain, mapped,talk,openai"]
     assert instruct([*flags, *names], "ml-data instruct") == 0
     info = read_sample_info(tmp_path / "out")
     assert info.samples == 3 + 2 + 4 + 4

@@ -62,6 +62,14 @@ def test_real_tokenizers_are_encoded_right_or_not_at_all(asset, texts, name):
     assert ids.tolist() == [id_ for document in expected for id_ in document]
 
 
+def test_characters_that_only_one_of_them_knows_are_encoded_by_the_tokenizer(asset):
+    tokenizer = load_tokenizer(asset("tokenizer-deepseek"))
+    ours = FastEncoder(tokenizer)
+    new = [0x1FAEA, 0x20C1, 0x18DAF, 0x323B0, 0x10FFFF]  # of Unicode 17, but for the last
+    batch = ["a", *(f"x{chr(code)}(y {chr(code)}b1{chr(code)}2" for code in new), "北京"]
+    assert flat(ours, batch) == tokenizer.encode_batch(batch)
+
+
 def test_what_goes_around_a_text_is_the_tokenizers(bpe, texts, tmp_path):
     backend = tokenizers.Tokenizer.from_file(str(bpe / "tokenizer.json"))
     backend.post_processor = tokenizers.processors.TemplateProcessing(

@@ -287,7 +287,8 @@ def test_columns_have_the_names_that_map_keys_gives():
 
 def test_a_column_that_map_keys_names_must_be_there():
     record = {"instruction": "Hi", "output": "Hello", "past": []}
-    match = "no column 'history_'; the columns are 'instruction', 'output', 'past'"
+    there = "the columns are 'instruction', 'output', 'past'"
+    match = f"no column 'history_'; {there}; choose with --map-keys"
     refused(ALPACA, record, match, {"history": "history_"})
 
 
@@ -338,11 +339,24 @@ def test_tags_name_keys_and_roles():
         ([("human", "a")], "message 1, the last, is not answered"),
         ([("human", "a"), ("bot", "b")], "message 2 is of \"bot\", must be of 'human', 'gpt'"),
         ([("system", "only")], "no messages"),
+        ([("system", "s"), ("gpt", "b")], "message 1 after the system text is of assistant"),
+        ([("system", "s"), ("human", None)], "the 'value' of message 2 is not text but null"),
         ([("human", "a"), ("function_call", "look it up")], "message 2 calls a tool, but is not J"),
         ([("human", "a"), ("function_call", "[3]")], "a tool has no name: 3"),
         ([("human", None), ("gpt", "b")], "the 'value' of message 1 is not text but null"),
     ],
-    ids=["begins", "twice", "open", "unknown", "system", "no-json", "no-call", "null"],
+    ids=[
+        "begins",
+        "twice",
+        "open",
+        "unknown",
+        "system",
+        "first",
+        "second",
+        "no-json",
+        "no-call",
+        "null",
+    ],
 )
 def test_messages_out_of_order_are_refused(messages, match):
     record = {"conversations": [{"from": role, "value": text} for role, text in messages]}
@@ -360,11 +374,20 @@ def test_tools_are_plain_functions_however_they_are_written():
     for tools in (wrapped, json.dumps(wrapped), [TOOL]):
         (found,) = convert(SHAREGPT, {"conversations": turns, "tools": tools})
         assert json.loads(found.tools) == [TOOL]
-    for tools in ("", "[]", None, []):
+    for tools in ("", " ", "[]", None, []):
         (found,) = convert(SHAREGPT, {"conversations": turns, "tools": tools})
         assert found.tools is None
     refused(SHAREGPT, {"conversations": turns, "tools": "search"}, "the tools are not JSON")
     refused(SHAREGPT, {"conversations": turns, "tools": [{"n": 1}]}, "a tool has no name")
+
+
+def test_json_in_a_string_that_cannot_be_encoded_is_refused():
+    """Whoever reads the file has looked at the text of a record, not into JSON in it."""
+    half = r'[{"name": "\ud800"}]'
+    turns = [{"from": "human", "value": "a"}, {"from": "function_call", "value": half}]
+    refused(SHAREGPT, {"conversations": turns}, r"the calls have half a character \(\\ud800\)")
+    turns[1] = {"from": "gpt", "value": "b"}
+    refused(SHAREGPT, {"conversations": turns, "tools": half}, "the tools have half a character")
 
 
 # OpenAI.
@@ -385,7 +408,10 @@ def test_tools_are_plain_functions_however_they_are_written():
 )
 def test_what_no_template_can_write_is_refused(message, match):
     asked = {"role": "user", "content": "a"}
-    refused(OPENAI, {"messages": [asked, {"role": "assistant", **message}]}, match)
+    answer = {"role": "assistant", **message}
+    refused(OPENAI, {"messages": [asked, answer]}, match)
+    system = {"role": "system", "content": "s"}
+    refused(OPENAI, {"messages": [system, asked, answer]}, match.replace("message 2", "message 3"))
 
 
 def test_what_is_said_before_a_call_is_kept():
@@ -431,6 +457,12 @@ def test_preferences_that_differ_in_their_question_are_refused():
         "rejected": [{"role": "user", "content": "2+3?"}, turn],
     }
     refused("OpenAIPairwiseHandler", record, "differ before their last message")
+
+
+def test_an_answer_that_is_no_message_is_refused():
+    record = {"messages": [{"role": "user", "content": "2+2?"}], "chosen": "user", "rejected": "5"}
+    refused("OpenAIPairwiseHandler", record, 'chosen is not a message but "user"')
+    refused("OpenAIPairwiseHandler", {**record, "chosen": ["user"], "rejected": ["user"]}, "chosen")
 
 
 # The others.

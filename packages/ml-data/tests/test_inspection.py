@@ -83,7 +83,8 @@ def test_it_shows_sizes_and_description(prefix, texts, capsys):
     assert shown["kind"] == "texts"
     assert shown["documents"] == str(len(texts))
     assert shown["dtype"] == "uint16"
-    assert shown["vocab_size"] == "2000"
+    assert shown["vocab_size"] == "2,000"
+    assert re.fullmatch(r"\d\.\d{4}", shown["unigram_entropy"])
     assert shown["append_eod"] == "True"
     assert shown["checked"] == "lengths, offsets and sizes, hash of .idx"
     assert "document 0" not in shown

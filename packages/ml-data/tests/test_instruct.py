@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+import os
 from pathlib import Path
 
 import pytest
 import tokenizers
 from sample_files import ALPACA, column, runner, samples, write
 
-from ml_data.sample_info import read_sample_info
+from ml_data.sample_info import info_path, read_sample_info, to_json
 from ml_models.flags import UsageError
 
 IGNORED = -100
@@ -96,6 +98,13 @@ def test_the_description_says_what_was_made_of_what(instruct, bpe):
     for name, file in info.files.items():
         path = Path(f"{prefix}_packed_{name}_document.bin")
         assert path.stat().st_size == file.bin_bytes
+
+
+def test_a_description_names_a_path_that_is_not_utf_8(instruct):
+    prefix = instruct([{"instruction": "Hi", "output": "Hello"}])
+    info = dataclasses.replace(read_sample_info(prefix), tokenizer=os.fsdecode(b"/t\xff"))
+    info_path(prefix).write_bytes(to_json(info).encode())
+    assert read_sample_info(prefix) == info
 
 
 def test_a_description_of_another_run_is_refused(instruct):

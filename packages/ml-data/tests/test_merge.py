@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -86,6 +87,19 @@ def test_datasets_without_a_description_are_merged_without_one(tmp_path):
     assert [merged[n].tolist() for n in range(len(merged))] == [[1, 2], [3, 4, 5], [6], []]
     assert merged.sequence_lengths.tolist() == [2, 1, 2, 1]
     assert read_sidecar(tmp_path / "in" / "all_x_document") is None
+
+
+def test_no_description_of_an_earlier_run_stays(bpe, parts, tmp_path):
+    prepare(parts / "1.jsonl", tmp_path / "all", bpe)
+    write_samples(tmp_path / "all", [[1, 2]])
+    write(tmp_path / "in" / "a_text_document", [[[1]]])
+    write_samples(tmp_path / "in" / "a", [[1]])
+    info_path(tmp_path / "in" / "a").unlink()
+    assert merge(tmp_path / "in", tmp_path / "all") == 0
+    assert read_sidecar(tmp_path / "all_text_document") is None
+    assert read_sample_info(tmp_path / "all") is not None  # of what was not merged
+    assert merge(tmp_path / "in", tmp_path / "all", "--keys", *KEYS) == 0
+    assert read_sample_info(tmp_path / "all") is None
 
 
 def test_a_second_run_does_not_read_the_first(tmp_path):
@@ -183,6 +197,39 @@ def test_parts_of_other_tokenizers_are_refused(bpe, sentencepiece_model, parts, 
     assert not list(tmp_path.glob("*all*"))
 
 
+def test_parts_that_end_documents_with_other_tokens_are_refused(bpe, parts, tmp_path, capsys):
+    other = shutil.copytree(bpe, tmp_path / "other")
+    config = json.loads((bpe / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<pad>"}))
+    for name, tokenizer in (("a", bpe), ("b", other)):
+        prepare(parts / "1.jsonl", tmp_path / "done" / name, tokenizer, "--append-eod")
+    assert merge(tmp_path / "done", tmp_path / "all") == 2
+    assert "done/b_text_document: eod is 2, that of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("token", [-5, 2000])
+def test_a_part_with_tokens_that_are_none_is_refused(bpe, parts, tmp_path, capsys, token):
+    for name in ("a", "b"):
+        prepare(parts / "1.jsonl", tmp_path / "done" / name, bpe, "--token-dtype=int32")
+    tokens = np.memmap(tmp_path / "done" / "b_text_document.bin", "<i4", "r+")
+    tokens[0] = token
+    tokens.flush()
+    assert merge(tmp_path / "done", tmp_path / "all") == 2
+    assert f"b_text_document.bin: damaged: it holds {token}, " in capsys.readouterr().err
+    assert not list(tmp_path.glob("*all*"))
+
+
+def test_a_part_whose_tokens_were_changed_is_refused(bpe, parts, tmp_path, capsys):
+    for name in ("a", "b"):
+        prepare(parts / "1.jsonl", tmp_path / "done" / name, bpe)
+    tokens = np.memmap(tmp_path / "done" / "b_text_document.bin", "<u2", "r+")
+    tokens[0] ^= 1
+    tokens.flush()
+    assert merge(tmp_path / "done", tmp_path / "all") == 2
+    assert "b_text_document.bin: damaged: its tokens are not those" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*all*"))
+
+
 @pytest.mark.parametrize("suffix", ["bin", "idx"])
 def test_a_part_of_which_a_file_is_missing_is_refused(tmp_path, capsys, suffix):
     write(tmp_path / "in" / "a_text_document", [[[1]]])
@@ -228,6 +275,18 @@ def test_memory_does_not_grow_with_the_parts(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert int(done.stdout) * 1024 < 200e6
     assert len(IndexedDataset(tmp_path / "all_text_document")) == 128
+
+
+def test_there_may_be_more_parts_than_a_process_may_open_files(tmp_path):
+    for number in range(60):
+        write(tmp_path / "in" / f"{number:02}_text_document", [[[number]]])
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (60, before[1]))
+    try:
+        assert merge(tmp_path / "in", tmp_path / "all") == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert IndexedDataset(tmp_path / "all_text_document").tokens.tolist() == [*range(60)]
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, capsys):

@@ -61,7 +61,7 @@ def test_a_mixed_order_brings_all_samples_of_its_records(tmp_path):
         second = Spool(tmp_path, ["x"], stack)
         second.add({"x": Ragged.of([[7], [], [9, 9]])}, np.array([2, 1]))
         spooled = [first.finish(), second.finish()]
-        assert [counts.tolist() for _, counts in spooled] == [[1, 1, 1], [2, 1]]
+        assert [dataset.counts.tolist() for dataset in spooled] == [[1, 1, 1], [2, 1]]
         mixed = gather(spooled, np.array([[1, 0], [0, 2], [1, 1], [0, 0], [1, 0]]))["x"]
         assert mixed.lengths.tolist() == [1, 0, 3, 2, 1, 1, 0]
         assert mixed.tokens.tolist() == [7, 3, 3, 3, 9, 9, 1, 7]

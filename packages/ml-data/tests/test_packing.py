@@ -61,6 +61,16 @@ def test_every_sample_is_in_one_row_with_its_labels_and_no_row_is_too_long(windo
     assert np.add.reduceat(lengths, np.cumsum([0, *rows[:-1]])).max() <= 100
 
 
+def test_the_last_rows_are_like_the_others():
+    """A trainer takes them for validation."""
+    lengths = np.random.default_rng(0).gamma(1, 200, 6000).astype(np.int64).clip(1, 2048)
+    column = Ragged(np.zeros(int(lengths.sum()), np.int32), lengths)
+    columns, rows = packed([{"input_ids": column}], 2048, 1)
+    last = len(rows) // 5
+    found = np.array([len(s) for s in columns["input_ids"]])[-sum(rows[-last:]) :]
+    assert found.mean() == pytest.approx(lengths.mean(), rel=0.1)
+
+
 def test_a_window_is_packed_before_the_corpus_ends():
     packer = Packer(100, 1)
     part = samples(np.random.default_rng(0), 1000, 100)

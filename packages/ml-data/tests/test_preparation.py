@@ -31,7 +31,8 @@ def instruct(bpe, tmp_path):
 
 def test_a_record_that_cannot_be_used_ends_the_run_and_leaves_nothing(instruct, tmp_path):
     records = [{"instruction": "Hi", "output": "Hello"}] * 2 + [{"instruction": "Hi"}]
-    match = r"records.jsonl:3: no column 'output'; the columns are 'instruction' \(--on-error skip"
+    there = "the columns are 'instruction'; choose with --map-keys"
+    match = rf"records.jsonl:3: no column 'output'; {there} \(--on-error skip"
     with pytest.raises(UsageError, match=match):
         instruct(records)
     assert [path.name for path in tmp_path.iterdir()] == ["records.jsonl"]
@@ -92,6 +93,8 @@ def test_samples_left_out_of_records_that_give_others_are_counted(instruct, capl
 def test_where_nothing_can_be_written_the_account_says_why(instruct):
     with pytest.raises(UsageError, match="not one sample: 2 records read: 0 written; 2 skipped: a"):
         instruct([{"instruction": "Hi", "output": ""}] * 2)
+    with pytest.raises(UsageError, match=r"0 written; 1 failed; [^ ]*records.jsonl:1: no column"):
+        instruct([{"instruction": "Hi"}], "--on-error", "skip")
 
 
 # Several datasets.
@@ -167,16 +170,18 @@ def test_only_the_first_records_of_each_dataset_are_taken(instruct, backend, tmp
         (["--seq-length", "1"], "default", "--seq-length 1: must be at least 2"),
         (["--max-samples", "0"], "default", "--max-samples 0: must be at least 1"),
         (["--workers", "0"], "default", "--workers 0: must be at least 1"),
+        (["--seed", "-1"], "default", "--seed -1: must be at least 0"),
         (["--handler-name", "MOSSMultiTurnHandler"], "default", "takes no template"),
-        (["--handler-name", "GeneralPretrainHandler"], "default", "unknown; there are Alpaca"),
+        (["--handler-name", "GeneralPretrainHandler"], "default", "is for ml-data pretrain"),
         (["--map-keys", '{"a": "b"}'], "default", "--map-keys: no key 'a'"),
         ([], "defualt", "did you mean default"),
         (["--input", "nowhere.jsonl"], "default", "nowhere.jsonl: no such file"),
         (["--output-prefix", "out/"], "default", "must end in a file name"),
+        (["--output-prefix", "out/.."], "default", "must end in a file name"),
     ],
     ids=[
         "template", "two-templates", "pack", "concat", "probs", "length", "samples", "workers",
-        "own", "handler", "keys", "name", "input", "prefix",
+        "seed", "own", "handler", "keys", "name", "input", "prefix", "parent",
     ],
 )  # fmt: skip
 def test_wrong_flags_are_named_before_anything_is_read(instruct, flags, prompt, match):

@@ -303,7 +303,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_files(bpe, jsonl, out, capsy
 
 def test_an_output_that_cannot_be_written_is_named(bpe, jsonl, out, capsys):
     (out / "file").touch()
-    assert run(jsonl, out / "file" / "data", bpe) == 1
+    assert run(jsonl, out / "file" / "data", bpe) == 2
     assert str(out / "file") in capsys.readouterr().err
 
 

@@ -1,5 +1,7 @@
 """Samples of a format whose tokens are letters, so that they can be written out by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from ml_data.conversation import Conversation, Message, Preference
@@ -121,6 +123,43 @@ def test_where_the_last_answer_counts_the_last_turns_are_kept_and_the_system_tex
     assert sample(THREE, seq_length=length, last_answer_only=True) == expected
 
 
+class AskedLast(Letters):
+    """Writes the system text into the last question, as Mistral does."""
+
+    def encode(self, conversation):
+        *earlier, question, answer = conversation.messages
+        asked = Message("user", f"{conversation.system}{question.content}")
+        return super().encode(Conversation((*earlier, asked, answer)))
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        (22, ("QabAcd.QefAgh.QsijAkl.", "____cd.____gh._____kl.")),
+        (20, ("QabAcd.QsefAgh.", "____cd._____gh.")),
+        (14, ("QsabAcd.", "_____cd.")),
+        (7, ("QsabAcd", "_____cd")),
+    ],
+)
+def test_what_is_left_is_written_like_a_conversation_that_ends_there(length, expected):
+    assert shown(instruction_sample(THREE, AskedLast(), Limits(seq_length=length))) == expected
+
+
+@pytest.mark.parametrize("last_answer_only", [False, True])
+def test_a_conversation_of_many_turns_is_not_encoded_once_for_each(last_answer_only):
+    encoded = []
+
+    class Counting(Letters):
+        def encode(self, conversation):
+            encoded.append(len(conversation.messages))
+            return super().encode(conversation)
+
+    limits = Limits(seq_length=70, last_answer_only=last_answer_only)
+    kept = instruction_sample(talk(*["ab", "cd"] * 500), Counting(), limits)
+    assert len(kept.input_ids) == 70
+    assert len(encoded) < 15
+
+
 def test_what_is_cut_says_so():
     limits = Limits(seq_length=16)
     assert instruction_sample(THREE, Letters(), limits).cut
@@ -239,10 +278,19 @@ def test_the_longer_answer_of_a_preference_is_cut():
         (("ghx", "ghy"), {"seq_length": 6}, "answers that differ only after 6 tokens"),
         (("gh", "xyz"), {"seq_length": 4}, "a question that leaves no room"),
         (("gh", ""), {}, "an empty answer"),
+        (("gh", "GH"), {}, "the chosen answer is the rejected one"),
         (("gh", "xyzxyz"), {"seq_length": 8, "on_too_long": "skip"}, "more than 8 tokens"),
     ],
-    ids=["same", "late", "long", "empty", "skip"],
+    ids=["same", "late", "long", "empty", "case", "skip"],
 )
 def test_preferences_without_a_difference_to_learn_are_left_out(answers, limits, reason):
+    """The template writes small letters only."""
+
+    class Small(Letters):
+        def encode(self, conversation):
+            messages = [replace(m, content=m.content.lower()) for m in conversation.messages]
+            return super().encode(Conversation(tuple(messages)))
+
+    preference = Preference(talk("ab"), *(Message("assistant", answer) for answer in answers))
     with pytest.raises(LeftOutError, match=reason):
-        pair(talk("ab"), *answers, **limits)
+        preference_pair(preference, Small(), Limits(**limits))

@@ -75,6 +75,6 @@ def test_a_value_of_another_type_is_refused(tmp_path, field, value):
 
 def test_the_entropy_is_that_of_the_frequencies():
     assert unigram_entropy(np.array([5, 5, 0, 5, 5])) == pytest.approx(math.log(4))
-    assert unigram_entropy(np.array([0, 7])) == 0
+    assert str(unigram_entropy(np.array([0, 7]))) == "0.0"
     half, quarter = math.log(2) / 2, math.log(4) / 4
     assert unigram_entropy(np.array([2, 1, 1])) == pytest.approx(half + 2 * quarter)

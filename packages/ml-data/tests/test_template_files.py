@@ -149,10 +149,11 @@ def test_an_unknown_name_lists_the_names():
     ("content", "message"),
     [
         ("{", "not valid JSON"),
+        pytest.param("[" * 100_000, "not valid JSON", id="deep"),
         ("[]", "not a JSON object"),
         ({"usr": []}, "unknown key 'usr'.*user"),
         ({"user": "x {{content}}"}, 'user is "x .*must be a list of items'),
-        ({"user": ["x"]}, r"user is \[\"x\"\], must be with {{content}} in it"),
+        ({"user": ["x"]}, r"user is \[\"x\"\], must be texts with {{content}} in one"),
         ({"user": ["{{content}}{{idx}}"]}, r"with no placeholder but {{content}} and {{round}}"),
         ({"prefix": ["{{content}}"]}, "prefix .*with no placeholder$"),
         ({"prefix": [{"special": "pad"}]}, "prefix is .*must be a list of texts"),

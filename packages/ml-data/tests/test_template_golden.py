@@ -12,6 +12,7 @@ from functools import cache
 import pytest
 from golden_conversations import GOLDEN, conversations, golden_tokenizer
 
+from ml_data.conversation import Conversation, Message
 from ml_data.templates import load_template, names
 from ml_data.tokenizer import load_tokenizer
 from ml_data.turns import IGNORED
@@ -113,6 +114,30 @@ def test_template_writes_the_text_of_the_published_one(asset, name, published):
         turns = load_template(name).format(tokenizer).encode(conversation)
         ids = [id_ for turn in turns.turns for id_ in (*turn.source, *turn.target)]
         assert tokenizer.decode([*ids, *turns.end], skip_special_tokens=False) == text, case
+
+
+@pytest.mark.parametrize("text", ["", "Well."])
+@pytest.mark.parametrize("last", ["call", "answer"])
+def test_thoughts_before_calls_of_tools_are_those_of_the_published_template(asset, text, last):
+    """Those before the last question are forgotten, like those of any answer."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    call = {"name": "f", "arguments": {"a": 1}}
+    thought = "<think>\nf knows.\n</think>\n\n" + text
+    function = Message("function", json.dumps({"content": thought, "tool_calls": [call]}))
+    turn = [Message("user", "Q"), function, Message("observation", "r"), Message("assistant", "A")]
+    conversation = Conversation((*turn, *(turn[:2] if last == "call" else turn)))
+    openai = _openai(conversation)
+    for message in openai:
+        if "tool_calls" in message:
+            calls = [{"type": "function", "function": call}]
+            message.update(content=thought, tool_calls=calls)
+    source = (asset("chat-templates") / "qwen3.jinja").read_text(encoding="utf-8")
+    expected = render_jinja_template([openai], chat_template=source)[0][0]
+    tokenizer = golden_tokenizer()
+    turns = load_template("qwen3").format(tokenizer).encode(conversation)
+    ids = [id_ for turn in turns.turns for id_ in (*turn.source, *turn.target)]
+    assert tokenizer.decode(ids, skip_special_tokens=False) == expected
 
 
 def _openai(conversation) -> list[dict]:

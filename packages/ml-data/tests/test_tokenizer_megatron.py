@@ -89,6 +89,14 @@ def test_wordpiece_gives_the_ids_of_berts_own_code(bert, texts, lower):
     )
 
 
+def test_only_line_ends_end_a_token_of_a_vocabulary(bert, tmp_path):
+    lines = (bert / "vocab.txt").read_text().split("\n")
+    lines.insert(5, "\u2028")
+    (tmp_path / "vocab.txt").write_text("\n".join(lines))
+    tokenizer = load_tokenizer(tmp_path, "BertWordPieceCase")
+    assert (tokenizer.token_id(lines[6]), tokenizer.eod) == (6, len(lines))
+
+
 def test_the_two_cases_are_different_tokenizers(bert):
     lower = load_tokenizer(None, "BertWordPieceLowerCase", vocab_file=bert / "vocab.txt")
     case = load_tokenizer(None, "BertWordPieceCase", vocab_file=bert / "vocab.txt")

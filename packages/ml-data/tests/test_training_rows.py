@@ -237,14 +237,19 @@ def test_rows_are_put_one_after_the_other_with_padding_as_sequences_of_its_own(
     tmp_path: Path,
 ) -> None:
     rows = [*rows_of(tmp_path, [4, 20]), Row(*(np.arange(5),) * 2, np.array([2, 3]))]
-    batch = in_one_row(rows, 700, pad=7)
+    batch = in_one_row(rows, 35, pad=7)
     filled = [1000, 1001, 1002, *range(1004, 1012), *range(5)]
-    assert batch["tokens"].tolist() == [filled + [7] * 684]
-    ends = batch["sequence_ends"].tolist()
-    assert ends == [0, 3, 11, 13, 16, 16 + 256, 16 + 512, 700]
+    assert batch["tokens"].tolist() == [filled + [7] * 19]
+    assert batch["sequence_ends"].tolist() == [0, 3, 11, 13, 16, 24, 32, 35]
     assert batch["position_ids"][0, :17].tolist() == [0, 1, 2, *range(8), 0, 1, 0, 1, 2, 0]
-    assert batch["position_ids"].max() == 255
+    assert batch["position_ids"].max() == 7  # of a sample: padding needs no place of its own
     assert batch["loss_mask"].sum() == 2 + 7 + 5
+
+
+def test_long_padding_is_several_sequences() -> None:
+    row = Row(*(np.arange(900),) * 2, np.array([900]))
+    batch = in_one_row([row], 1500, pad=7)
+    assert batch["sequence_ends"].tolist() == [0, 900, 900 + 256, 900 + 512, 1500]
 
 
 def test_a_row_that_is_full_has_no_padding(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def test_a_row_is_described_by_ends_and_positions():
     assert packed.ends == (0, 3, 4, 6)
     assert packed.positions.tolist() == [0, 1, 2, 0, 0, 1]
     assert packed.longest == 3
+    assert packed.pairs == 9 + 1 + 4
 
 
 def of_a_layer(arch, layer, hidden, packed):

@@ -41,13 +41,18 @@ def train(job, steps, root=None, start=None, stop=None):
     first = 0
     if start is not None:
         progress = checkpoint.load(root, rank.state)
-        assert progress == Progress(iteration=start, consumed_samples=8 * start)
+        assert progress == Progress(
+            iteration=start, consumed_samples=8 * start, consumed_tokens=99 * start
+        )
         first = start
     before = every_tensor(rank)
     losses = [rank.step(i).loss for i in range(first, stop or steps)]
     if stop is not None:
         checkpoint.save(
-            root, rank.state, Progress(iteration=stop, consumed_samples=8 * stop), keep=None
+            root,
+            rank.state,
+            Progress(iteration=stop, consumed_samples=8 * stop, consumed_tokens=99 * stop),
+            keep=None,
         )
     return losses, before, every_tensor(rank)
 

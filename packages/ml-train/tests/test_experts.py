@@ -93,6 +93,26 @@ def test_gradients_agree_with_the_single_process(block, layout):
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5 * scale, msg=name)
 
 
+def whole_gradients(job, mask):
+    """Return the gradients of a step, divided by the tokens, by name."""
+    from ml_train.step import _run_schedule
+
+    rank = Rank(job)
+    _run_schedule(rank.ddp, rank.batches(0, poison=mask), rank.shape, forward_only=False)
+    names = rank.state.global_names()
+    found = ((names[id(p)], p.main_grad) for chunk in rank.ddp for p in chunk.module.parameters())
+    return {name: gradient.clone() for name, gradient in found}
+
+
+@pytest.mark.parametrize("layout", ["single", "tp2 sp"])
+def test_losses_of_routers_do_not_grow_where_the_loss_counts_fewer_tokens(layout):
+    world_size, topology = LAYOUTS[layout]
+    job = Job(topology=topology, arch=DEEPSEEK, micro_batch_size=2)
+    whole, half = (run_ranks(whole_gradients, world_size, job, mask)[0] for mask in (1.0, 0.5))
+    for name, expected in whole.items():
+        torch.testing.assert_close(half[name], expected, rtol=1e-4, atol=1e-7, msg=name)
+
+
 def biases(rank):
     """Return the biases by which the routers of this rank choose, by name."""
     names = rank.state.global_names()

@@ -215,15 +215,28 @@ def single(data):
 def test_a_step_says_how_much_of_the_sequence_it_computed(data, alone):
     rows = [min(S, -(-(length - 1) // 8) * 8) for length in LENGTHS]
     assert alone[0][0].filled == pytest.approx(sum(rows) / (S * len(rows)))
+    assert alone[0][0].keys == pytest.approx(sum(n * n for n in rows) / sum(rows))
     (plain,), _ = one_step(data["alone"], 16)
-    assert plain.filled == 1
+    assert (plain.filled, plain.keys) == (1, S)
 
 
-def test_a_run_is_evaluated_on_samples_of_its_own(data, capfd):
-    for prefix in data.values():
-        more = ["--split", "75,25,0", "--eval-interval", "1", "--eval-iters", "2"]
-        run(words(prefix, 4, 1, *more), "dp2")
-        assert "validation loss at iteration" in capfd.readouterr().out
+def test_keys_of_the_other_samples_of_a_row_are_not_counted(data):
+    sequences = [n - 1 for row in ROWS for n in row]
+    padding = [S - sum(row) + len(row) for row in ROWS]  # none is longer than the samples
+    pairs = sum(n * n for n in (*sequences, *padding))
+    (step,), _ = one_step(data["packed"], 8)
+    assert (step.filled, step.keys) == (1, pairs / (S * len(ROWS)))
+
+
+@pytest.mark.parametrize("form", ["alone", "packed"])
+def test_an_evaluation_is_the_mean_over_the_tokens_of_all_its_batches(data, capfd, form):
+    found = []
+    for batch, count in ((8, 1), (4, 2)):  # the same samples
+        more = f"--split 50,50,0 --eval-interval 1 --eval-iters {count} --lr 1e-12".split()
+        run(words(data[form], batch, 1, *more), "dp2")
+        (line,) = (line for line in capfd.readouterr().out.splitlines() if "validation" in line)
+        found.append(float(line.partition("value: ")[2].split()[0]))
+    assert found[0] == pytest.approx(found[1], abs=2e-6)
 
 
 # Order

@@ -53,9 +53,14 @@ def reporter(
 def train(reporter: Reporter, first: int, last: int, **changes: Any) -> None:
     """Report what a run from step `first` to `last` does."""
     result = {"loss": 5.0, "grad_norm": 1.5, "updated": True, "stop_requested": False}
+    result |= {"filled": 1.0, "keys": 32.0}
     for iteration in range(first, last + 1):
         reporter.step(
-            Progress(iteration=iteration, consumed_samples=8 * iteration),
+            Progress(
+                iteration=iteration,
+                consumed_samples=8 * iteration,
+                consumed_tokens=200 * iteration,
+            ),
             StepResult(**{**result, **changes}),
             learning_rate=0.001 * iteration,
             loss_scale=1.0,
@@ -81,7 +86,7 @@ def test_a_step_is_measured_from_its_size_and_its_time(tmp_path: Path) -> None:
         "iteration": 2,
         "train_iters": 6,
         "consumed_samples": 16,
-        "consumed_tokens": 512,
+        "consumed_tokens": 400,
         "elapsed_seconds": 0.5,
         "learning_rate": 0.002,
         "global_batch_size": 8,
@@ -98,9 +103,9 @@ def test_a_step_is_measured_from_its_size_and_its_time(tmp_path: Path) -> None:
 
 def test_a_step_of_shorter_rows_is_not_counted_as_one_of_long_ones(tmp_path: Path) -> None:
     with reporter("--save", tmp_path, stream=io.StringIO()) as opened:
-        train(opened, 1, 1, filled=0.75)
+        train(opened, 1, 1, filled=0.75, keys=10.5)
     _, step = entries(tmp_path / "metrics.jsonl")
-    flops = 6 * 8 * 24 * (2 * (12 * 64**2 + 2 * 24 * 64) + 64 * 128)
+    flops = 6 * 8 * 24 * (2 * (12 * 64**2 + 2 * 10.5 * 64) + 64 * 128)
     assert step["tokens_per_second_per_device"] == 8 * 24 / 2 / 0.5
     assert step["tflops_per_device"] == flops / 2 / 0.5 / 1e12
 

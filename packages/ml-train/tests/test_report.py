@@ -48,8 +48,12 @@ def train(path: Path, first: int, last: int, more: str = "") -> None:
     with reporter:
         for iteration in range(first, last + 1):
             reporter.step(
-                Progress(iteration=iteration, consumed_samples=8 * iteration),
-                StepResult(loss=9.0 - iteration, grad_norm=1.0, updated=True, stop_requested=False),
+                Progress(
+                    iteration=iteration,
+                    consumed_samples=8 * iteration,
+                    consumed_tokens=256 * iteration,
+                ),
+                StepResult(9.0 - iteration, 1.0, True, False, filled=1.0, keys=32.0),
                 learning_rate=1e-4 * iteration,
                 loss_scale=1.0,
                 elapsed_seconds=0.5,

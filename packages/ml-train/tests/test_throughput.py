@@ -130,6 +130,22 @@ def test_keys_outside_a_window_are_no_work() -> None:
     assert model_flops_per_iteration(arch, 5, seq_length=8, padded_vocab_size=50) == flops
 
 
+def test_keys_of_other_sequences_are_no_work() -> None:
+    arch = Architecture(
+        num_layers=2,
+        hidden_size=10,
+        num_attention_heads=5,
+        ffn_hidden_size=30,
+        max_position_embeddings=8,
+        sliding_window=3,
+        window_attn_skip_freq=(2,),
+    )
+    layers = 2 * (400 + 2 * 300) + (3 + 4.5) * 2 * 10
+    flops = 3 * 2 * 5 * 8 * (layers + 500)
+    packed = {"seq_length": 8, "keys": 4.5, "padded_vocab_size": 50}
+    assert model_flops_per_iteration(arch, 5, **packed) == flops
+
+
 @pytest.mark.parametrize(("q_lora_rank", "query"), [(None, 10 * 20), (6, 10 * 6 + 6 * 20)])
 def test_latent_attention_is_counted_as_it_is_computed(q_lora_rank: int | None, query: int) -> None:
     arch = Architecture(
@@ -158,12 +174,15 @@ def test_throughput_is_of_one_device() -> None:
 
 
 def test_an_average_is_over_the_time_of_all_steps() -> None:
-    mean = average([make_step(1, elapsed_seconds=0.1), make_step(2, elapsed_seconds=0.3)])
-    assert (mean.iteration, mean.consumed_samples) == (2, 32)
+    names = ("elapsed_seconds", "tokens_per_second_per_device", "tflops_per_device", "mfu")
+    numbers = ((0.1, 20_000.0, 20.0, 0.4), (0.3, 10_000.0, 12.0, 0.24))  # 2000, then 3000 tokens
+    steps = [make_step(i, **dict(zip(names, step, strict=True))) for i, step in enumerate(numbers)]
+    mean = average(steps)
+    assert (mean.iteration, mean.consumed_samples) == (1, 16)
     assert mean.elapsed_seconds == pytest.approx(0.2)
-    assert mean.tokens_per_second_per_device == pytest.approx(16384.0 * 0.3 / 0.2)
-    assert mean.tflops_per_device == pytest.approx(12.34 * 0.3 / 0.2)
-    assert mean.mfu == pytest.approx(0.4567 * 0.3 / 0.2)
+    assert mean.tokens_per_second_per_device == pytest.approx(5000 / 0.4)
+    assert mean.tflops_per_device == pytest.approx(5.6 / 0.4)
+    assert mean.mfu == pytest.approx(0.112 / 0.4)
 
 
 def test_an_average_counts_skipped_steps_and_leaves_their_loss_out() -> None:

@@ -67,7 +67,12 @@ _LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 # Belongs to a training, of which a converted checkpoint holds nothing.
-_TRAINING_STATE = ("iteration", "consumed_train_samples", "consumed_valid_samples")
+_TRAINING_STATE = (
+    "iteration",
+    "consumed_train_samples",
+    "consumed_train_tokens",
+    "consumed_valid_samples",
+)
 # Other ways to say which stage has which layers, and which rank which experts.
 _OTHER_CUTS = (
     "account_for_embedding_in_pipeline_split",

@@ -26,17 +26,25 @@ class FileSet:
 
     def __init__(self) -> None:
         self._files: dict[Path, BinaryIO] = {}
+        self._outdated: list[Path] = []
 
     def create(self, path: str | Path) -> BinaryIO:
         """Open a new file that `publish` will put at `path`.
 
         Raises:
-            UsageError: another process is writing the same file.
+            UsageError: another process is writing the same file, or its directory is none.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise UsageError(f"{path.parent}: not a directory") from error
         file = self._files[path] = _open_locked(_temporary(path))
         return file
+
+    def remove(self, path: str | Path) -> None:
+        """Let `publish` remove what an earlier run may have left at `path`."""
+        self._outdated.append(Path(path))
 
     def publish(self) -> None:
         """Rename all files to their final names."""
@@ -45,7 +53,7 @@ class FileSet:
                 file.flush()
                 os.fsync(file.fileno())
         with _uninterrupted():
-            for path in reversed(self._files):
+            for path in (*reversed(self._files), *self._outdated):
                 path.unlink(missing_ok=True)
             for path in self._files:
                 _temporary(path).replace(path)

@@ -50,8 +50,10 @@ class Conversation:
         for number, message in enumerate(self.messages):
             wanted = ANSWERING if number % 2 else ASKING
             if message.role not in wanted:
+                after = " after the system text" if self.system else ""
                 raise RecordError(
-                    f"message {number + 1} is of {message.role}, must be of {' or '.join(wanted)}"
+                    f"message {number + 1}{after} is of {message.role}, "
+                    f"must be of {' or '.join(wanted)}"
                 )
         if not self.messages:
             raise RecordError("no messages")

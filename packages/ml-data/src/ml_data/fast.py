@@ -3,12 +3,14 @@
 gigatoken encodes byte-level and sentencepiece BPE some fifty times as fast, but it is young and
 knows only some tokenizers. So it is used after it has given the ids of `tokenizers` for a sample of
 the input and for texts that are hard to encode; and as long as it gives them for a piece of every
-chunk of the input. The first difference ends its use.
+chunk of the input. The first difference ends its use. Texts with characters that are newer than
+Python's Unicode are left to the tokenizer: only one of the two may know them as letters.
 """
 
 from __future__ import annotations
 
 import random
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -25,6 +27,8 @@ Backend = Literal["auto", "tokenizers", "gigatoken"]
 
 _SAMPLE_CHARACTERS = 1 << 17
 _PIECE_CHARACTERS = 1 << 12
+_LETTERS = 0x34000
+"""Below are all letters; above only marks, which are rare, and what Unicode has not given out."""
 
 
 class FastBackendError(UsageError):
@@ -108,11 +112,13 @@ class FastEncoder:
         except BaseException as error:
             _refuse("gigatoken cannot load the tokenizer", error)
         self._before, self._after = _around(tokenizer)
+        self._known = np.zeros(0x110000, np.bool_)
+        self._known[:_LETTERS] = [_is_known(chr(code)) for code in range(_LETTERS)]
 
     def encode(self, texts: Sequence[str]) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Return the ids of all texts, back to back, and the number of ids of each."""
         try:
-            parts = [self._fast.encode(text) for text in texts]
+            parts = [self._encode(text) for text in texts]
         except BaseException as error:
             _refuse("gigatoken failed", error)
         around = len(self._before) + len(self._after)
@@ -120,6 +126,12 @@ class FastEncoder:
         if around:
             parts = [part for ids in parts for part in (self._before, ids, self._after)]
         return np.concatenate([np.zeros(0, np.uint32), *parts]), lengths
+
+    def _encode(self, text: str) -> NDArray[Any]:
+        if text.isascii() or self._known[np.frombuffer(text.encode("utf-32-le"), "<u4")].all():
+            ids: NDArray[Any] = self._fast.encode(text)
+            return ids
+        return np.array(self._tokenizer.encode_batch([text], add_special_tokens=False)[0], "u4")
 
     def check(self, texts: Sequence[str]) -> None:
         """Compare with the tokenizer.
@@ -137,6 +149,11 @@ class FastEncoder:
                 raise FastBackendError(
                     f"gigatoken gives other ids than the tokenizer for {shown!r}"
                 )
+
+
+def _is_known(character: str) -> bool:
+    """Whether this Python's Unicode has the character."""
+    return unicodedata.category(character) != "Cn"
 
 
 def _flat(batch: Sequence[Sequence[int]]) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -187,5 +204,6 @@ def _hard_texts(tokenizer: Tokenizer) -> Iterator[str]:
     chosen = random.Random(0)
     planes = ((0, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x20000), (0, 0x250))
     for low, high in planes * 8:
+        characters = filter(_is_known, (chr(chosen.randrange(low, high)) for _ in range(64)))
         between = chosen.choices(("", "", " ", "a", "1", "\n"), k=64)
-        yield "".join(chr(chosen.randrange(low, high)) + text for text in between)
+        yield "".join(map("".join, zip(characters, between, strict=False)))

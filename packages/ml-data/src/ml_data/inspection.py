@@ -175,11 +175,13 @@ def describe(dataset: Dataset) -> Iterator[tuple[str, object]]:
 def _shown(value: object) -> object:
     match value:
         case tuple():
-            return ", ".join(map(str, value))
+            return ", ".join(dict.fromkeys(map(str, value)))
         case dict():
             return "; ".join(f"{number:,} {reason}" for reason, number in value.items()) or "none"
-        case int() if value > 9999:
+        case int() if value > 999:
             return f"{value:,}"
+        case float():
+            return f"{value:.4f}"
     return value
 
 

@@ -1,11 +1,13 @@
 """`ml-data merge`: datasets of parts of a corpus to the dataset of all of it.
 
 ModelLink's `merge_datasets.py`: a directory of datasets, keys, a prefix. The result is byte for
-byte what preparing everything in one go writes, if the names of the parts sort as the parts do.
+byte what preparing everything in one go writes, if the names of the parts sort as the parts do; but
+duplicates across parts, which `--deduplicate` would leave out, stay.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,12 +66,15 @@ def merge(config: MergeConfig) -> None:
     """
     target = Path(config.output_prefix).expanduser()
     parts = {key: _find(Path(config.input).expanduser(), key, target) for key in config.keys}
-    samples = _samples({key: found for key, found in parts.items() if key.startswith(_SAMPLES)})
+    of_samples = {key: found for key, found in parts.items() if key.startswith(_SAMPLES)}
+    samples = _samples(of_samples)
     with FileSet() as files:
         description = files.create(info_path(target)) if samples else None
+        if of_samples and not samples:
+            files.remove(info_path(target))
         writers = {key: _merge(found, f"{target}_{key}", files) for key, found in parts.items()}
         if description is not None:
-            ours = {key: writer for key, writer in writers.items() if key.startswith(_SAMPLES)}
+            ours = {key: writers[key] for key in of_samples}
             description.write(samples_to_json(merged_samples(samples, ours)).encode())
         files.publish()
     for key, found in parts.items():
@@ -118,24 +123,24 @@ def _samples(parts: Mapping[str, Sequence[Path]]) -> list[SampleInfo]:
 
 def _merge(parts: Sequence[Path], target: str, files: FileSet) -> IndexedDatasetWriter:
     """Join datasets, with a description if every part has one."""
-    datasets = [IndexedDataset(part) for part in parts]
-    for part, dataset in zip(parts, datasets, strict=True):
-        if dataset.dtype != datasets[0].dtype:
+    dtypes = [IndexedDataset(part).dtype for part in parts]  # one open at a time, here and below
+    for part, dtype in zip(parts, dtypes, strict=True):
+        if dtype != dtypes[0]:
             raise UsageError(
-                f"{part}: its tokens are {dataset.dtype.name}, "
-                f"those of {parts[0]} {datasets[0].dtype.name}"
+                f"{part}: its tokens are {dtype.name}, those of {parts[0]} {dtypes[0].name}"
             )
     infos = {str(part): info for part in parts if (info := read_sidecar(part)) is not None}
     if infos:
         check_corpora(infos)
     described = list(infos.values()) if len(infos) == len(parts) else []
     counts = np.zeros(described[0].vocab_size if described else 0, np.int64)
-    writer = IndexedDatasetWriter(target, datasets[0].dtype, files)
-    _copy(parts, datasets, writer, counts)
+    writer = IndexedDatasetWriter(target, dtypes[0], files)
+    _copy(parts, writer, counts)
+    path = sidecar_path(target)
     if not described:
+        files.remove(path)  # it would be of other tokens
         writer.write_index()
         return writer
-    path = sidecar_path(target)
     with naming(path):
         description = files.create(path)  # before the index, which is published last
         writer.write_index()
@@ -143,27 +148,42 @@ def _merge(parts: Sequence[Path], target: str, files: FileSet) -> IndexedDataset
     return writer
 
 
-def _copy(
-    parts: Sequence[Path],
-    datasets: Sequence[IndexedDataset],
-    writer: IndexedDatasetWriter,
-    counts: NDArray[np.int64],
-) -> None:
-    """Append all documents, and count their tokens if there are counts."""
-    for part, dataset in zip(parts, datasets, strict=True):
-        for tokens, lengths, sequences in _blocks(part, dataset):
+def _copy(parts: Sequence[Path], writer: IndexedDatasetWriter, counts: NDArray[np.int64]) -> None:
+    """Append all documents, and count their tokens if there are counts.
+
+    Raises:
+        UsageError: tokens of a part are not those that its description was made for.
+    """
+    for part in parts:
+        info, digest = read_sidecar(part), hashlib.sha256()
+        for tokens, lengths, sequences in _blocks(part):
             writer.add_documents(tokens, lengths, sequences)
+            digest.update(tokens.view(np.uint8).data)
             if len(counts):
+                _check_vocabulary(part, tokens, len(counts))
                 counts += np.bincount(tokens, minlength=len(counts))
+        if info and digest.hexdigest() != info.bin_sha256:
+            raise UsageError(
+                f"{bin_path(part)}: damaged: its tokens are not those that {sidecar_path(part)} "
+                "describes (sha256)"
+            )
 
 
-def _blocks(
-    part: Path, dataset: IndexedDataset
-) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+def _check_vocabulary(part: Path, tokens: NDArray[Any], vocab_size: int) -> None:
+    for token in (tokens.min(), tokens.max()) if len(tokens) else ():
+        if not 0 <= token < vocab_size:
+            raise UsageError(
+                f"{bin_path(part)}: damaged: it holds {token}, "
+                f"{sidecar_path(part)} says a vocabulary of {vocab_size:,}"
+            )
+
+
+def _blocks(part: Path) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
     """Yield (tokens, lengths, sequences) of some whole documents at a time.
 
     They are read, not mapped: the pages of a map would count as memory of this process.
     """
+    dataset = IndexedDataset(part)
     firsts, lengths = dataset.document_indices, dataset.sequence_lengths
     ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[firsts]
     with bin_path(part).open("rb") as file:

@@ -16,14 +16,17 @@ from ml_data.sample_info import FileInfo, SampleInfo
 from ml_data.sidecar import CorpusInfo, unigram_entropy
 from ml_models.flags import UsageError
 
-_CORPUS_SAME = ("tokenizer_identity", "vocab_size", "append_eod", "seq_length", "key", "level")
+_CORPUS_SAME = (
+    *("tokenizer_identity", "vocab_size", "eod", "append_eod", "seq_length", "key"),
+    "level",
+)
 _CORPUS_SUMS = (
     *("documents", "empty_documents", "too_long_documents", "duplicate_documents"),
     *("failed_records", "sequences", "tokens", "text_bytes"),
 )
 _SAMPLE_SAME = (
-    *("kind", "tokenizer_identity", "vocab_size", "template", "append_eod", "seq_length"),
-    "packed",
+    *("kind", "tokenizer_identity", "vocab_size", "eod", "template", "append_eod"),
+    *("seq_length", "packed"),
 )
 _SAMPLE_SUMS = ("samples", "rows", "cut", "tokens", "learned_tokens", "records", "failed")
 

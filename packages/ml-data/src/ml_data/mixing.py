@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,6 +77,16 @@ def _in_turn(sizes: Sequence[int], rounds: int) -> Iterator[NDArray[np.int64]]:
         yield np.stack([datasets.ravel(), np.stack(columns, 1).ravel()], 1)
 
 
+class Spooled(NamedTuple):
+    """The samples of a dataset."""
+
+    samples: Samples
+    counts: NDArray[np.int64]
+    """(records,), samples of each record that gave any."""
+    firsts: NDArray[np.int64]
+    """(records,), number of its first sample."""
+
+
 class Spool:
     """The samples of a dataset in temporary files without names, which `owner` closes."""
 
@@ -99,8 +109,8 @@ class Spool:
             self._lengths[name].append(column.lengths)
         self._counts.append(counts[counts > 0])
 
-    def finish(self) -> tuple[Samples, NDArray[np.int64]]:
-        """Return the samples, mapped from the files, and how many each record gave."""
+    def finish(self) -> Spooled:
+        """Return the samples, mapped from the files."""
         samples = {}
         for name, file in self._files.items():
             with naming(self._directory):
@@ -109,7 +119,8 @@ class Spool:
             size = int(lengths.sum())
             tokens = np.memmap(file, np.int32, mode="r", shape=size) if size else np.zeros(0, "<i4")
             samples[name] = Ragged(tokens, lengths)
-        return samples, np.concatenate([np.zeros(0, np.int64), *self._counts])
+        counts = np.concatenate([np.zeros(0, np.int64), *self._counts])
+        return Spooled(samples, counts, np.cumsum(counts) - counts)
 
 
 def _discard(file: IO[bytes]) -> None:
@@ -117,27 +128,23 @@ def _discard(file: IO[bytes]) -> None:
         file.close()
 
 
-def gather(
-    spooled: Sequence[tuple[Samples, NDArray[np.int64]]], order: NDArray[np.int64]
-) -> Samples:
+def gather(spooled: Sequence[Spooled], order: NDArray[np.int64]) -> Samples:
     """Return the samples of the records in `order`, a piece of `interleaved`."""
     numbers: list[NDArray[np.int64]] = []  # of the samples of each dataset
     places: list[NDArray[np.int64]] = []  # where they belong in the result
     counts = np.zeros(len(order), np.int64)
-    for dataset, (_, per_record) in enumerate(spooled):
+    for dataset, whole in enumerate(spooled):
         mine = np.flatnonzero(order[:, 0] == dataset)
-        counts[mine] = per_record[order[mine, 1]]
+        counts[mine] = whole.counts[order[mine, 1]]
     begins = np.cumsum(counts) - counts
-    for dataset, (_, per_record) in enumerate(spooled):
+    for dataset, whole in enumerate(spooled):
         mine = np.flatnonzero(order[:, 0] == dataset)
-        firsts = (np.cumsum(per_record) - per_record)[order[mine, 1]]
-        numbers.append(runs(firsts, counts[mine]))
+        numbers.append(runs(whole.firsts[order[mine, 1]], counts[mine]))
         places.append(runs(begins[mine], counts[mine]))
     back = np.argsort(np.concatenate(places))
     return {
         name: Ragged.join(
-            samples[name].take(chosen)
-            for (samples, _), chosen in zip(spooled, numbers, strict=True)
+            whole.samples[name].take(chosen) for whole, chosen in zip(spooled, numbers, strict=True)
         ).take(back)
-        for name in spooled[0][0]
+        for name in spooled[0].samples
     }

@@ -2,7 +2,8 @@
 
 First-fit-decreasing: the longest sample first, each into the first row with room for it. At most
 22 % more rows than the best packing needs, in practice almost none. A corpus is packed a window at
-a time, so memory does not grow with it; the rows follow from the order of the samples alone.
+a time, so memory does not grow with it. Rows are shuffled within their window, always alike: they
+follow from the order of the samples alone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_data.ragged import Ragged, Samples
+from ml_data.training import Permutation
 
 WINDOW_TOKENS = 1 << 22
 """About how many tokens are packed at a time."""
@@ -46,7 +48,10 @@ class Packer:
         names = list(self._waiting[0])
         samples = {name: Ragged.join(part[name] for part in self._waiting) for name in names}
         self._waiting, self._tokens = [], 0
-        rows = first_fit_decreasing(_any(samples).lengths, self._seq_length)
+        found = first_fit_decreasing(_any(samples).lengths, self._seq_length)
+        # Rows of few, long samples come last, and a trainer takes the last ones for validation.
+        shuffle = Permutation(len(found), "rows")(np.arange(len(found)))
+        rows = [found[number] for number in shuffle.tolist()]
         order = np.concatenate([np.asarray(row, np.int64) for row in rows])
         ordered = {name: column.take(order) for name, column in samples.items()}
         return ordered, np.array([len(row) for row in rows], np.int64)

@@ -194,7 +194,7 @@ def _interleaved(
     for chunk in encoded:
         spools[chunk.dataset].add(chunk.samples, chunk.counts)
     spooled = [spool.finish() for spool in spools]
-    sizes = [len(counts) for _, counts in spooled]
+    sizes = [len(dataset.counts) for dataset in spooled]
     for dataset, size in zip(datasets, sizes, strict=True):
         if not size:
             raise UsageError(f"--input {' '.join(dataset.input)}: no sample to interleave")
@@ -241,7 +241,7 @@ class _Writer:
         for packed, rows in self._packer.rest() if self._packer else ():
             self._write(packed, rows)
         if not self._sums["samples"]:
-            lines = "; ".join(account.summary())
+            lines = "; ".join(line.strip() for line in account.summary())
             raise UsageError(f"--input: not one sample: {lines}")
         path = info_path(self._preparation.prefix)
         with naming(path):

@@ -19,7 +19,7 @@ from ml_data.handlers.dataset_info import datasets
 from ml_data.mixing import MixStrategy
 from ml_data.pretrain_text import PretrainHandler
 from ml_data.tokenizer import TokenizerType
-from ml_models.commands import did_you_mean
+from ml_models.commands import did_you_mean, run_command
 from ml_models.flags import UsageError, parse
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,8 @@ def main(argv: Sequence[str], prog: str) -> int:
     if unused:
         logger.info("without effect on ml-data %s: %s", command, ", ".join(unused))
     run = import_module(f"ml_data.{command}").main
-    return int(run(words, f"ml-data {command}"))
+    name = f"ml-data {command}"  # its messages name its own flags
+    return run_command(name, lambda: run(words, name))
 
 
 def translate(config: PreprocessConfig) -> tuple[Command, list[str], list[str]]:
@@ -183,10 +184,9 @@ def _command(config: PreprocessConfig) -> Command:
     if name in handlers.names(pairwise=True):
         return "preference"
     known = [*_PRETRAIN, *handlers.names(pairwise=False), *handlers.names(pairwise=True)]
-    hint = did_you_mean(name, known)
-    raise UsageError(
-        f"--handler-name {name}: unknown{hint}; there are {', '.join(dict.fromkeys(known))}"
-    )
+    known = list(dict.fromkeys(known))
+    near = did_you_mean(name, known)
+    raise UsageError(f"--handler-name {name}: unknown; there are {', '.join(known)}{near}")
 
 
 def _ranked(config: PreprocessConfig) -> bool:

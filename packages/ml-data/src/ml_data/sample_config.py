@@ -54,6 +54,10 @@ class Mixing:
     seed: int = 1234
     """Of the draws with --interleave-probs."""
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed}: must be at least 0")
+
     def check(self, datasets: int) -> None:
         """Compare the probabilities with the number of datasets.
 
@@ -135,7 +139,8 @@ class Output:
             if value is not None and value < 1:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} {value}: must be at least 1")
-        if not Path(self.output_prefix).name or self.output_prefix.endswith(os.sep):
+        name = Path(self.output_prefix).name
+        if name in ("", "..") or self.output_prefix.endswith(os.sep):
             raise ValueError(
                 f"--output-prefix {self.output_prefix!r}: must end in a file name, not a directory"
             )

@@ -88,7 +88,7 @@ def info_path(prefix: str | Path) -> Path:
 
 def to_json(info: SampleInfo) -> str:
     """Return the content of a description."""
-    return json.dumps(dataclasses.asdict(info), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(dataclasses.asdict(info), indent=2) + "\n"
 
 
 def read_sample_info(prefix: str | Path) -> SampleInfo | None:

@@ -4,7 +4,8 @@ A label is the token itself where the loss sees it and `IGNORED` elsewhere; labe
 whoever trains shifts them. The one promise: a sample has a label that survives the shift, or it is
 left out with a reason, never written with nothing to learn (its loss would be 0/0).
 
-What is longer than `seq_length` is cut at whole turns, so that what is left is a conversation:
+What is longer than `seq_length` is cut at whole turns, and what is left is written like any other
+conversation, with the system text and the tools wherever its template puts them:
 
 | loss on | what is kept |
 |---|---|
@@ -16,8 +17,9 @@ If not one turn fits, its answer is cut, and then nothing says that it ended the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal, NamedTuple
 
 from ml_data.conversation import Conversation, Message, Preference
@@ -61,6 +63,11 @@ class Limits:
         """The reason to leave a sample out that was to be cut."""
         return f"a question that leaves no room for an answer in {self.seq_length:,} tokens"
 
+    @property
+    def differ_too_late(self) -> str:
+        """The reason to leave a preference out whose answers are cut to the same tokens."""
+        return f"answers that differ only after {self.seq_length:,} tokens"
+
 
 class Sample(NamedTuple):
     """One sample."""
@@ -88,10 +95,7 @@ def instruction_sample(
         RecordError: the format has no form for what is in it.
     """
     _check_text(conversation.messages)
-    if not limits.last_answer_only:
-        sample = _from_first_turns(chat_format.encode(conversation), limits)
-    else:
-        (sample,) = _from_last_turns([conversation], chat_format, limits)
+    (sample,) = _samples([conversation], chat_format, limits)
     _check_labels(sample)
     return sample
 
@@ -110,9 +114,10 @@ def preference_pair(preference: Preference, chat_format: ChatFormat, limits: Lim
         _check_text(conversation.messages)
     if ends[0] == ends[1]:
         raise LeftOutError(SAME_ANSWERS)
-    chosen, rejected = _from_last_turns(both, chat_format, limits)
+    chosen, rejected = _samples(both, chat_format, replace(limits, last_answer_only=True))
     if chosen.input_ids == rejected.input_ids:
-        raise LeftOutError(f"answers that differ only after {limits.seq_length:,} tokens")
+        cut = chosen.cut or rejected.cut
+        raise LeftOutError(limits.differ_too_late if cut else SAME_ANSWERS)
     _check_labels(chosen)
     _check_labels(rejected)
     return Pair(chosen, rejected)
@@ -130,51 +135,45 @@ def _check_labels(sample: Sample) -> None:
         raise LeftOutError(NO_ANSWER)
 
 
-def _from_first_turns(encoded: Turns, limits: Limits) -> Sample:
-    turns, end = encoded.turns, _end(encoded, limits)
-    kept, length = 0, len(end)
-    for turn in turns:
-        length += len(turn.source) + len(turn.target)
-        if not limits.fits(length):
-            break
-        kept += 1
-    if kept < len(turns) and limits.on_too_long == "skip":
-        raise LeftOutError(limits.too_long)
-    if not kept:
-        return _cut_answer(turns[:1], limits)
-    return _sample(turns[:kept], end, cut=kept < len(turns))
-
-
-def _from_last_turns(
+def _samples(
     conversations: list[Conversation], chat_format: ChatFormat, limits: Limits
 ) -> list[Sample]:
     """Return samples of conversations that differ in their last answer, the same turns of each."""
-    encoded: list[Turns] = []
-    for begin in _beginnings(conversations[0]):
-        encoded = [
-            chat_format.encode(replace(conversation, messages=conversation.messages[begin:]))
-            for conversation in conversations
+    parts = _parts(conversations[0].messages, limits)
+
+    @cache
+    def encode(part: int) -> list[Turns]:
+        return [
+            chat_format.encode(replace(whole, messages=whole.messages[parts[part]]))
+            for whole in conversations
         ]
-        if all(limits.fits(_length(turns, limits)) for turns in encoded):
-            return [
-                _sample(_last_learned(turns.turns), _end(turns, limits), cut=begin > 0)
-                for turns in encoded
-            ]
+
+    def fits(part: int) -> bool:
+        return all(limits.fits(_length(turns, limits)) for turns in encode(part))
+
+    part = 0
+    if not fits(part):
         if limits.on_too_long == "skip":
             raise LeftOutError(limits.too_long)
-    return [
-        _sample(_last_learned(turns.turns), _end(turns, limits), cut=True)
-        if limits.fits(_length(turns, limits))
-        else _cut_answer(_last_learned(turns.turns), limits)
-        for turns in encoded
-    ]
+        # Not one after the other: of a conversation of many turns that takes many times as long.
+        part = min(bisect_left(range(len(parts)), True, lo=1, key=fits), len(parts) - 1)
+    return [_sample_of(turns, limits, cut=part > 0) for turns in encode(part)]
 
 
-def _beginnings(conversation: Conversation) -> Iterator[int]:
-    """Yield where a conversation can begin: at what the user says, not at what a tool answers."""
-    messages = conversation.messages
-    yield 0
-    yield from (at for at in range(2, len(messages), 2) if messages[at].role == "user")
+def _parts(messages: tuple[Message, ...], limits: Limits) -> list[slice]:
+    """Return what may be left of a conversation, the longest first."""
+    if not limits.last_answer_only:
+        return [slice(end) for end in range(len(messages), 0, -2)]
+    # It can begin at what the user says, not at what a tool answers.
+    later = (at for at in range(2, len(messages), 2) if messages[at].role == "user")
+    return [slice(begin, None) for begin in (0, *later)]
+
+
+def _sample_of(encoded: Turns, limits: Limits, *, cut: bool) -> Sample:
+    turns = _last_learned(encoded.turns) if limits.last_answer_only else encoded.turns
+    if limits.fits(_length(encoded, limits)):
+        return _sample(turns, _end(encoded, limits), cut=cut)
+    return _cut_answer(turns, limits)
 
 
 def _last_learned(turns: tuple[Turn, ...]) -> tuple[Turn, ...]:

@@ -117,4 +117,4 @@ def unigram_entropy(counts: NDArray[np.int64]) -> float:
     """Return the entropy, in nats, of tokens that occur `counts` times."""
     present = counts[counts > 0]
     frequencies = present / present.sum()
-    return float(-(frequencies * np.log(frequencies)).sum())
+    return float(0.0 - (frequencies * np.log(frequencies)).sum())  # of one token 0, not -0

@@ -19,7 +19,8 @@ class Blend(NamedTuple):
     prefixes: tuple[str, ...]
     """Each corpus is PREFIX.bin and PREFIX.idx."""
     weights: tuple[float, ...] | None
-    """Share of each corpus in the samples, of any sum; None = by the number of their tokens."""
+    """Share of each corpus in the samples, of any sum; None = by the number of its tokens, or, of
+    instructions, of its samples."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -169,9 +169,7 @@ def train_step(
         _clip(optimizer, grad_norm)
         optimizer.step_with_ready_grads()
     _balance_experts(chunks, updated=updated)
-    return StepResult(
-        loss, grad_norm, updated, totals.stop_requested, totals.filled, totals.keys
-    )
+    return StepResult(loss, grad_norm, updated, totals.stop_requested, totals.filled, totals.keys)
 
 
 def evaluate(

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 from ml_data.conversation import Conversation, Preference
 from ml_data.handlers import alpaca, fixed, openai, sharegpt
 from ml_data.handlers.columns import Columns, Tags, map_keys
 from ml_data.handlers.formats import InstructionText, MarkedTurns
+from ml_data.pretrain_text import PretrainHandler
 from ml_data.reading.record import shown
 from ml_data.tokenizer import Tokenizer
 from ml_data.turns import ChatFormat
@@ -125,6 +126,8 @@ def find(name: str, *, pairwise: bool) -> Handler:
     Raises:
         UsageError: there is none, or it is for the other command.
     """
+    if name in get_args(PretrainHandler):
+        raise UsageError(f"--handler-name {name}: that is for ml-data pretrain")
     handler = HANDLERS.get(name)
     known = names(pairwise=pairwise)
     if handler is None:

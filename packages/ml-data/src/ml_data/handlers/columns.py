@@ -51,6 +51,8 @@ class Columns:
     tags: Tags = Tags()
     mapped: frozenset[str] = frozenset()
     """Fields that the user named: these columns must be in every record."""
+    named_by: str = "--map-keys"
+    """What names them, for messages."""
 
     def text(self, record: Mapping[str, Any], field: str, *, required: bool = False) -> str:
         """Return the text in the column of `field`; "" if it is null, or optional and not there.
@@ -75,7 +77,8 @@ class Columns:
                 raise RecordError(f"no column is named for {field}")
             return None
         if column not in record and (required or field in self.mapped):
-            raise RecordError(f"no column {column!r}; the columns are {keys_of(record)}")
+            there = f"the columns are {keys_of(record)}"
+            raise RecordError(f"no column {column!r}; {there}; choose with {self.named_by}")
         value = record.get(column)
         if value is None and required:
             raise RecordError(f"the value of {column!r} is null")

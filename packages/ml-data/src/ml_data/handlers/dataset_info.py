@@ -8,6 +8,7 @@
 | `columns` | names of columns; where it is there, the optional ones it leaves out are not read |
 | `tags` | names of roles and of keys of messages |
 | `num_samples` | how many records of it are taken |
+| `file_sha1` | not checked |
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _HANDLERS = {
 _OPTIONAL = ("query", "history", "system", "tools")
 _ON_A_HUB = ("hf_hub_url", "ms_hub_url", "om_hub_url", "cloud_file_name", "script_url")
 _KNOWN = ("file_name", "formatting", "ranking", "columns", "tags", "num_samples", "split")
+_NOT_READ = ("file_sha1",)  # of LLaMA-Factory to 0.8, as ModelLink copied it
 _UNREAD_COLUMNS = ("images", "videos", "audios", "kto_tag")
 
 
@@ -70,7 +72,7 @@ def datasets(names: Sequence[str], directory: str | None, *, pairwise: bool) -> 
     root = Path(directory).expanduser()
     entries = _read(root / FILE)
     # ModelLink's scripts write `--input ./dataset/alpaca_en`: the last part is the name.
-    return [_dataset(Path(name).name, entries, root, pairwise=pairwise) for name in names]
+    return [_dataset(Path(name.strip()).name, entries, root, pairwise=pairwise) for name in names]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--dataset-dir: cannot read {path} ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: not an object of datasets by name but {shown(content)}")
@@ -95,7 +97,9 @@ def _dataset(name: str, entries: dict[str, Any], root: Path, *, pairwise: bool) 
         raise UsageError(f"{where}: not an object but {shown(entry)}")
     _check_place(entry, where)
     _check_keys(entry, where)
-    ranking = bool(entry.get("ranking", False))
+    ranking = entry.get("ranking", False)
+    if not isinstance(ranking, bool):
+        raise UsageError(f"{where}: ranking {shown(ranking)}: must be true or false")
     if ranking != pairwise:
         right = "ml-data preference" if ranking else "ml-data instruct"
         raise UsageError(f"{where}: ranking is {str(ranking).lower()}: that is for {right}")
@@ -130,13 +134,13 @@ def _check_keys(entry: dict[str, Any], where: str) -> None:
     for key in entry:
         if key in ("subset", "folder"):
             raise UsageError(f"{where}: {key} is of datasets on a hub; name its files in file_name")
-        if key not in (*_KNOWN, *_ON_A_HUB):
+        if key not in (*_KNOWN, *_NOT_READ, *_ON_A_HUB):
             raise UsageError(f"{where}: unknown key {key!r}{did_you_mean(key, _KNOWN)}")
 
 
 def _columns(entry: dict[str, Any], defaults: Columns, where: str) -> Columns:
     tags = map_tags(defaults.tags, entry.get("tags", {}), where)
-    columns = dataclasses.replace(defaults, tags=tags)
+    columns = dataclasses.replace(defaults, tags=tags, named_by=f"columns in {FILE}")
     given = entry.get("columns")
     if given is None:
         return columns
@@ -149,7 +153,7 @@ def _columns(entry: dict[str, Any], defaults: Columns, where: str) -> Columns:
 def _check_columns(given: Any, where: str) -> None:
     if not isinstance(given, dict):
         raise UsageError(f"{where}: columns must be an object, not {shown(given)}")
-    fields = {field.name for field in dataclasses.fields(Columns)} - {"tags", "mapped"}
+    fields = {field.name for field in dataclasses.fields(Columns)} - {"tags", "mapped", "named_by"}
     for key, name in given.items():
         if key in _UNREAD_COLUMNS and name:
             raise UsageError(f"{where}: columns has {key}, which is not read: text only")

@@ -52,11 +52,12 @@ def preference(record: Mapping[str, Any], columns: Columns) -> list[Preference]:
 def _read(record: Mapping[str, Any], messages: Any, columns: Columns) -> Conversation:
     if not isinstance(messages, list) or not all(isinstance(entry, dict) for entry in messages):
         raise RecordError(f"{columns.messages!r} is not a list of messages but {shown(messages)}")
-    system, tags = columns.text(record, "system"), columns.tags
+    system, tags, first = columns.text(record, "system"), columns.tags, 1
     if messages and messages[0].get(tags.role_tag) in (tags.system_tag, "developer"):
         system = _text(messages[0], tags, "message 1")
-        messages = messages[1:]
-    said = [_message(entry, tags, f"message {number}") for number, entry in enumerate(messages, 1)]
+        first, messages = 2, messages[1:]
+    numbered = enumerate(messages, first)
+    said = [_message(entry, tags, f"message {number}") for number, entry in numbered]
     tools = columns.value(record, "tools") or record.get("functions")
     return Conversation(tuple(_joined(said)), system or None, tool_list(tools))
 
@@ -71,6 +72,8 @@ def _joined(messages: list[Message]) -> Iterator[Message]:
 
 
 def _message(message: Any, tags: Tags, what: str) -> Message:
+    if not isinstance(message, dict):
+        raise RecordError(f"{what} is not a message but {shown(message)}")
     role = _role(message, tags, what)
     learned, content = _learned(message, what), _text(message, tags, what)
     reasoning = text(message.get("reasoning_content") or "", f"the reasoning_content of {what}")
@@ -82,14 +85,14 @@ def _message(message: Any, tags: Tags, what: str) -> Message:
     return Message("function", call_text(calls, content), learned)
 
 
-def _role(message: Any, tags: Tags, what: str) -> Role:
+def _role(message: Mapping[str, Any], tags: Tags, what: str) -> Role:
     roles: dict[Any, Role] = {
         tags.user_tag: "user",
         tags.assistant_tag: "assistant",
         tags.observation_tag: "observation",
         "function": "observation",
     }
-    given = message.get(tags.role_tag) if isinstance(message, dict) else message
+    given = message.get(tags.role_tag)
     if not isinstance(given, str) or given not in roles:
         known = ", ".join(map(repr, roles))
         raise RecordError(f"{what} is of {shown(given)}, must be of {known}")

@@ -35,16 +35,16 @@ def read(record: Mapping[str, Any], columns: Columns) -> Conversation:
     if not isinstance(messages, list) or not all(isinstance(entry, dict) for entry in messages):
         raise RecordError(f"{columns.messages!r} is not a list of messages but {shown(messages)}")
     tags = columns.tags
-    system = columns.text(record, "system")
+    system, first = columns.text(record, "system"), 1
     if messages and messages[0].get(tags.role_tag) == tags.system_tag:
         system = _content(messages[0], tags, "message 1")
-        messages = messages[1:]
+        first, messages = 2, messages[1:]
     tools = tool_list(columns.value(record, "tools"))
-    return Conversation(tuple(_messages(messages, tags)), system or None, tools)
+    return Conversation(tuple(_messages(messages, tags, first)), system or None, tools)
 
 
-def _messages(messages: list[dict[str, Any]], tags: Tags) -> Iterator[Message]:
-    for number, message in enumerate(messages, 1):
+def _messages(messages: list[dict[str, Any]], tags: Tags, first: int) -> Iterator[Message]:
+    for number, message in enumerate(messages, first):
         what = f"message {number}"
         role = _role(message, tags, what)
         yield Message(role, _said(message, role, tags, what))

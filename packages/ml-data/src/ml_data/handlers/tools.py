@@ -18,12 +18,14 @@ def tool_list(value: Any) -> str | None:
     Raises:
         RecordError: it is not a list of functions with names.
     """
-    tools = _parsed(value, "the tools") if isinstance(value, str) and value.strip() else value
+    tools = value
+    if isinstance(value, str):
+        tools = _parsed(value, "the tools") if value.strip() else None
     if not tools:
         return None
     if not isinstance(tools, list):
         raise RecordError(f"the tools are not a list but {shown(tools)}")
-    return _written([_function(tool) for tool in tools])
+    return _written([_function(tool) for tool in tools], "the tools")
 
 
 def call_text(calls: Sequence[Any], said: str = "") -> str:
@@ -36,8 +38,8 @@ def call_text(calls: Sequence[Any], said: str = "") -> str:
     """
     written = [_call(call) for call in calls]
     if said:
-        return _written({"content": said, "tool_calls": written})
-    return _written(written[0] if len(written) == 1 else written)
+        return _written({"content": said, "tool_calls": written}, "the calls")
+    return _written(written[0] if len(written) == 1 else written, "the calls")
 
 
 def _function(tool: Any) -> dict[str, Any]:
@@ -63,5 +65,18 @@ def _parsed(value: str, what: str) -> Any:
         raise RecordError(f"{what} are not JSON but {shown(value)}") from error
 
 
-def _written(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _written(value: Any, what: str) -> str:
+    """Return JSON; what is JSON in a string of a record has not been looked at before.
+
+    Raises:
+        RecordError: it cannot be encoded, or is nested too deeply.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise RecordError(f"{what} have half a character (\\u{half:04x}) in their text") from error
+    except RecursionError as error:
+        raise RecordError(f"{what} are nested too deeply") from error
+    return text

@@ -61,6 +61,8 @@ def read_line(stream: BinaryIO, path: Path) -> bytes:
 
 
 def _uncompressed(path: Path, raw: BinaryIO) -> BinaryIO:
+    if path.suffix.lower() in COMPRESSED and not path.stat().st_size:
+        raise EOFError("it is empty")  # which the packages take for the end of a whole file
     if path.suffix.lower() == ".gz":
         return cast("BinaryIO", gzip.GzipFile(fileobj=raw))
     if path.suffix.lower() == ".zst":

@@ -86,8 +86,8 @@ def _sources(directory: Path, config: Json) -> tuple[Path, dict[str, str]]:
     file = directory / "chat_template.jinja"
     if file.is_file():
         others = sorted((directory / "additional_chat_templates").glob("*.jinja"))
-        named = {path.stem: path.read_text(encoding="utf-8") for path in others}
-        return file, {**named, "default": file.read_text(encoding="utf-8")}
+        named = {path.stem: _read_text(path) for path in others}
+        return file, {**named, "default": _read_text(file)}
     for path, content in (
         (directory / "tokenizer_config.json", config),
         (directory / "chat_template.json", _read_json(directory / "chat_template.json")),
@@ -96,11 +96,25 @@ def _sources(directory: Path, config: Json) -> tuple[Path, dict[str, str]]:
         if isinstance(source, str):
             return path, {"default": source}
         if isinstance(source, list):
-            return path, {entry["name"]: entry["template"] for entry in source}
+            return path, dict(_named(path, entry) for entry in source)
     raise UsageError(
         f"--hf-chat-template: tokenizer {directory} comes with no chat template "
         "(chat_template.jinja, or chat_template in tokenizer_config.json); choose a --prompt-type"
     )
+
+
+def _named(path: Path, entry: Any) -> tuple[str, str]:
+    match entry:
+        case {"name": str(name), "template": str(template)}:
+            return name, template
+    raise UsageError(f"{path}: chat_template must be a list of objects with name and template")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise UsageError(f"{path}: not UTF-8 ({error})") from error
 
 
 def _read_json(path: Path) -> Json:
@@ -108,7 +122,7 @@ def _read_json(path: Path) -> Json:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: not a JSON object")

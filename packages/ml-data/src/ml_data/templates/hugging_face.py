@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from ml_data.tokenizer import Tokenizer
 
 _WORD = "qzwordzq"
+_SHAPES = 1000
+"""So many shapes of conversations are remembered: with tools, almost every one has its own."""
 
 
 def chat_template_format(tokenizer: Tokenizer) -> ChatTemplateFormat:
@@ -75,7 +77,7 @@ class ChatTemplateFormat:
     unended: int | None = None
     """That token, if the template itself ends no answer."""
     forms: dict[tuple[str, ...], CallForm] = field(default_factory=dict)
-    """For each shape of conversations, how the template writes them whole."""
+    """For shapes of conversations, how the template writes them whole."""
 
     def encode(self, conversation: Conversation) -> Turns:
         """Return the tokens of an answered conversation."""
@@ -83,6 +85,8 @@ class ChatTemplateFormat:
             raise RecordError("the conversation ends without an answer")
         shape = _shape(conversation)
         if shape not in self.forms:
+            if len(self.forms) >= _SHAPES:
+                self.forms.clear()
             self.forms[shape] = _form(self.template, conversation)
         messages = messages_of(conversation, self.forms[shape])
         tools = tools_of(conversation)

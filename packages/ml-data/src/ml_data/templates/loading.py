@@ -79,7 +79,7 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise _error(path, error.strerror or str(error)) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _error(path, f"not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise _error(path, "not a JSON object")
@@ -168,9 +168,9 @@ def _items(allowed: frozenset[str], required: frozenset[str]) -> Callable[[Path,
         found = {name for item in items if isinstance(item, Text) for name in item.placeholders}
         if found - allowed:
             known = " and ".join(f"{{{{{name}}}}}" for name in sorted(allowed))
-            raise _InvalidError("with no placeholder" + (f" but {known}" if known else ""))
+            raise _InvalidError("texts with no placeholder" + (f" but {known}" if known else ""))
         if required - found:
-            raise _InvalidError("with {{content}} in it")
+            raise _InvalidError("texts with {{content}} in one")
         return items
 
     return read

@@ -19,19 +19,19 @@ def render(template: Template, conversation: Conversation) -> list[list[Piece]]:
     Raises:
         RecordError: The template has no form for what is in the conversation.
     """
-    messages, empty_thoughts = think(template.thinking, conversation.messages)
+    messages, thoughts, no_thoughts = think(template.thinking, conversation.messages)
     if template.trim:
         messages = [replace(message, content=message.content.strip()) for message in messages]
     opening = _Opening(template, conversation)
     pieces: list[list[Piece]] = []
     for number, message in enumerate(messages):
         if number % 2:
-            pieces.append(_answer(template, message))
+            pieces.append(_answer(template, message, thoughts[number]))
         else:
             before = fill(template.separator) if number else opening.pieces()
             pieces.append([*before, *opening.question(message, number)])
-    if empty_thoughts:
-        pieces[-2].append(empty_thoughts)
+    if no_thoughts:
+        pieces[-2].append(no_thoughts)
     return pieces
 
 
@@ -97,11 +97,11 @@ class _Opening:
         return fill(items, {"content": system})
 
 
-def _answer(template: Template, message: Message) -> list[Piece]:
+def _answer(template: Template, message: Message, thoughts: str) -> list[Piece]:
     if message.role == "assistant":
-        return fill(template.assistant, {"content": message.content})
+        return fill(template.assistant, {"content": thoughts + message.content})
     calls = _tool_format(template, "calls of tools").call(message.content)
-    return fill(template.function, {"content": calls})
+    return fill(template.function, {"content": thoughts + calls})
 
 
 def _tool_format(template: Template, what: str) -> ToolFormat:

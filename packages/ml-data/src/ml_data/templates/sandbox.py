@@ -7,9 +7,10 @@ The environment that transformers renders chat templates in: the same syntax, th
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from ml_data.conversation import RecordError
@@ -92,4 +93,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _now(format_: str) -> str:
-    return datetime.now().strftime(format_)
+    """Write today's date, or that of SOURCE_DATE_EPOCH (seconds), which makes runs repeatable."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    moment = datetime.fromtimestamp(int(epoch), timezone.utc) if epoch else datetime.now()
+    return moment.strftime(format_)

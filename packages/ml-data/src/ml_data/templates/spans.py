@@ -3,8 +3,8 @@
 A template that marks it says so itself. Of any other, each answer begins where the rendering of
 what was asked so far ends, and ends where its own rendering ends; both must be beginnings of the
 whole. Two things that published templates do are known: they end the last answer with one more EOS,
-and they leave out the thoughts of earlier answers (there, the end of an answer is found by what the
-template writes after one). Whatever else changes earlier text is an error: a mask that does not fit
+and they leave out the thoughts of earlier answers (there, another answer in its place tells what
+follows it). Whatever else changes earlier text is an error: a mask that does not fit
 must not train anything.
 """
 
@@ -65,7 +65,7 @@ class _Search:
     def span(self, number: int) -> Span:
         """Return where the answer with this number is."""
         start = self._start(number)
-        end = self._end(number, start)
+        end = self._end(number)
         if not start < end <= len(self.whole):
             raise RecordError(_NOT_FOUND)
         return Span(start, end)
@@ -75,27 +75,29 @@ class _Search:
         if self.whole.startswith(question):
             return len(question)
         # What asks begins the answer (`<think>`), which the template leaves out of it later on.
-        replaced = [*self.messages]
-        replaced[number] = {"role": "assistant", "content": _ANSWER}
-        before = self._render(replaced).partition(_ANSWER)[0]
+        before, _ = self._around(number, self.messages)
         if not self.whole.startswith(before):
             raise RecordError(_NOT_FOUND)
         return len(before)
 
-    def _end(self, number: int, start: int) -> int:
+    def _end(self, number: int) -> int:
         answered = self._render(self.messages[: number + 1])
         eos = self.template.special_tokens.get("eos_token", "")
         for beginning in (answered, answered.removesuffix(eos)):
             if self.whole.startswith(beginning):
                 return len(beginning)
-        answer = {"role": "assistant", "content": _ANSWER}
-        tail = self._render([*self.messages[:number], answer]).partition(_ANSWER)[2]
-        if not tail.strip():
+        _, ending = self._around(number, self.messages[: number + 1])
+        _, after = self._around(number, self.messages)
+        if not (ending.strip() and after.startswith(ending) and self.whole.endswith(after)):
             raise RecordError(_NOT_FOUND)
-        content = (self.messages[number]["content"] or "").strip()
-        at = self.whole.find(content, start)
-        found = self.whole.find(tail, start if at < 0 else at + len(content))
-        return found + len(tail) if found >= 0 else -1
+        return len(self.whole) - len(after) + len(ending)
+
+    def _around(self, number: int, messages: Sequence[Json]) -> tuple[str, str]:
+        """Return what is written before and after another answer in the place of this one."""
+        replaced = [*messages]
+        replaced[number] = {"role": "assistant", "content": _ANSWER}
+        before, _, after = self._render(replaced).partition(_ANSWER)
+        return before, after
 
     def _render(self, messages: Sequence[Json], *, ask: bool = False) -> str:
         return self.template.render(messages, self.tools, ask=ask).text

@@ -150,7 +150,7 @@ def _arguments(call: dict[str, Any]) -> Any:
         return arguments
     try:
         return json.loads(arguments)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"function call: arguments that are not JSON ({arguments!r})") from error
 
 

@@ -59,7 +59,9 @@ def load_tokenizer(
         raise UsageError(f"missing --tokenizer-name-or-path: {given} alone names no tokenizer")
     path = Path(path).expanduser()
     if not path.exists():
-        raise UsageError(f"tokenizer {path}: no such file or directory (names on a hub: download)")
+        raise UsageError(
+            f"tokenizer {path}: no such file or directory (what has a name on a hub: download it)"
+        )
     if tokenizer_type in _PIECES:
         model = _needed(path, _models(path), tokenizer_type, "tokenizer.model")
         add_bos = tokenizer_type == "Llama2Tokenizer"

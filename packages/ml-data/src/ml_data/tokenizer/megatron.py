@@ -56,10 +56,10 @@ def load_wordpiece(vocabulary: Path, *, lower_case: bool) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     try:
-        lines = vocabulary.read_text(encoding="utf-8").splitlines()
+        with vocabulary.open(encoding="utf-8") as lines:  # Unicode's other line ends end no line
+            tokens = {line.strip(): id_ for id_, line in enumerate(lines)}
     except ValueError as error:
         raise UsageError(f"--vocab-file {vocabulary}: not UTF-8 ({error})") from error
-    tokens = {line.strip(): id_ for id_, line in enumerate(lines)}
     missing = [token for token in ("[UNK]", "[PAD]", "[CLS]", "[SEP]") if token not in tokens]
     if missing:
         raise UsageError(f"--vocab-file {vocabulary}: no vocabulary of BERT: no {missing[0]} in it")

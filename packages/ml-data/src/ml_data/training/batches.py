@@ -17,8 +17,8 @@ from ml_data.turns import IGNORED
 Batch = dict[str, NDArray[Any]]
 
 _PADDING = 256
-"""Padding in one row is cut into sequences of so many tokens, or they would cost attention as much
-as a sequence of all of them."""
+"""Padding in one row is cut into sequences of at most so many tokens, or they would cost attention
+as much as a sequence of all of them."""
 
 
 def padded_length(lengths: Iterable[int], *, multiple: int, at_most: int) -> int:
@@ -55,7 +55,8 @@ def in_one_row(rows: Sequence[Row], length: int, *, pad: int) -> Batch:
     Args:
         rows: Of at most `length` tokens together.
         length: `S`.
-        pad: Token to fill up with, in sequences of its own.
+        pad: Token to fill up with, in sequences of its own; none is longer than those of the rows,
+            so that the model needs no position for padding alone.
 
     Returns:
         What `padded` does, (1, S), the positions counted from 0 in every sequence; and
@@ -66,9 +67,10 @@ def in_one_row(rows: Sequence[Row], length: int, *, pad: int) -> Batch:
     labels = np.full((1, length), IGNORED, np.int64)
     tokens[0, :filled] = np.concatenate([row.tokens for row in rows])
     labels[0, :filled] = np.concatenate([row.labels for row in rows])
-    rest = length - filled
-    padding = np.diff([*range(0, rest, _PADDING), rest])
-    lengths = np.concatenate([*(row.lengths for row in rows), padding]).astype(np.int64)
+    lengths = np.concatenate([row.lengths for row in rows])
+    rest, step = length - filled, min(_PADDING, int(lengths.max(initial=1)))
+    padding = np.diff([*range(0, rest, step), rest])
+    lengths = np.concatenate([lengths, padding]).astype(np.int64)
     batch = _batch(tokens, labels, positions(lengths)[None])
     return {**batch, "sequence_ends": np.concatenate([[0], np.cumsum(lengths)])}
 
