@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
-from ml_data.sample_info import read_sample_info
+from ml_data.instruction.sample_info import read_sample_info
 
 MODEL = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --swiglu "

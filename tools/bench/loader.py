@@ -22,7 +22,7 @@ import numpy as np
 
 from ml_data.atomic import FileSet
 from ml_data.indexed import IndexedDatasetWriter
-from ml_data.turns import IGNORED
+from ml_data.instruction.turns import IGNORED
 
 LENGTH = 1024
 """Tokens of a row of a batch."""

@@ -6,7 +6,7 @@ import json
 from functools import cache
 from pathlib import Path
 
-from ml_data.conversation import Conversation, Message
+from ml_data.instruction.conversation import Conversation, Message
 from ml_data.tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"

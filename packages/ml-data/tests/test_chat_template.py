@@ -12,10 +12,10 @@ import tokenizers
 from golden_conversations import TOKENIZER, conversations
 from transformers import AutoTokenizer
 
-from ml_data.conversation import Conversation, Message, RecordError
+from ml_data.instruction.conversation import Conversation, Message, RecordError
+from ml_data.instruction.turns import IGNORED
 from ml_data.templates import chat_template_format
 from ml_data.tokenizer import load_tokenizer
-from ml_data.turns import IGNORED
 from ml_models.flags import UsageError
 
 CHATML = (

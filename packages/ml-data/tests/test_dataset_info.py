@@ -5,8 +5,8 @@ import pytest
 
 from ml_data.handlers.dataset_info import datasets
 from ml_data.instruct import main as instruct
+from ml_data.instruction.sample_info import read_sample_info
 from ml_data.preference import main as prefer
-from ml_data.sample_info import read_sample_info
 from ml_models.flags import UsageError
 
 ENTRIES = {

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ml_data.duplicates import SeenTexts, digests
+from ml_data.pretraining.duplicates import SeenTexts, digests
 
 
 def test_a_digest_is_blake2b_of_the_text():

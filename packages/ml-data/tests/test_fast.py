@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from ml_data import encoding, fast
 from ml_data.cli import main
-from ml_data.fast import FastBackendError, FastEncoder, make_encoder_for
+from ml_data.pretraining import encoding, fast
+from ml_data.pretraining.fast import FastBackendError, FastEncoder, make_encoder_for
 from ml_data.reading import read_chunks
 from ml_data.tokenizer import load_tokenizer
 

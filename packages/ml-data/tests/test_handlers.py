@@ -4,8 +4,8 @@ from contextlib import suppress
 import pytest
 from hypothesis import given, settings, strategies
 
-from ml_data.conversation import Conversation, Message, Preference, RecordError
 from ml_data.handlers import HANDLERS, columns_of, find, names
+from ml_data.instruction.conversation import Conversation, Message, Preference, RecordError
 from ml_models.flags import UsageError
 
 

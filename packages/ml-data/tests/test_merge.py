@@ -16,8 +16,8 @@ from ml_data import merge as merging
 from ml_data.atomic import FileSet
 from ml_data.cli import main
 from ml_data.indexed import IndexedDataset, IndexedDatasetWriter
-from ml_data.sample_info import FileInfo, SampleInfo, info_path, read_sample_info
-from ml_data.sample_info import to_json as samples_to_json
+from ml_data.instruction.sample_info import FileInfo, SampleInfo, info_path, read_sample_info
+from ml_data.instruction.sample_info import to_json as samples_to_json
 from ml_data.sidecar import read_sidecar
 
 

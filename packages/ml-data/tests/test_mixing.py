@@ -3,8 +3,8 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
-from ml_data.mixing import Spool, gather, interleaved
-from ml_data.ragged import Ragged
+from ml_data.instruction.mixing import Spool, gather, interleaved
+from ml_data.instruction.ragged import Ragged
 
 
 def order(sizes, strategy, probabilities=None, seed=0):

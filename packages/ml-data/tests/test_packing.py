@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from ml_data.packing import Packer, first_fit_decreasing
-from ml_data.ragged import Ragged
+from ml_data.instruction.packing import Packer, first_fit_decreasing
+from ml_data.instruction.ragged import Ragged
 
 
 def textbook(lengths, capacity):

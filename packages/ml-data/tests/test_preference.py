@@ -7,8 +7,8 @@ import pytest
 import tokenizers
 
 from ml_data.indexed import IndexedDataset
+from ml_data.instruction.sample_info import read_sample_info
 from ml_data.preference import main
-from ml_data.sample_info import read_sample_info
 from ml_models.flags import UsageError
 
 IGNORED = -100

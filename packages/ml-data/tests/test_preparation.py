@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from sample_files import ALPACA, runner, samples, write
 
-from ml_data.sample_info import read_sample_info
+from ml_data.instruction.sample_info import read_sample_info
 from ml_models.flags import UsageError
 
 

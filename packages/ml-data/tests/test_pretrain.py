@@ -22,8 +22,8 @@ import tokenizers
 from ml_data.cli import main
 from ml_data.indexed import IndexedDataset
 from ml_data.pretrain import Output, PretrainConfig, Source, Tokenization, preprocess
+from ml_data.pretraining.sentences import split_sentences
 from ml_data.reading import read_chunks
-from ml_data.sentences import split_sentences
 from ml_data.sidecar import read_sidecar
 from ml_data.tokenizer import TokenizerConfig
 

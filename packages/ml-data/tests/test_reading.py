@@ -17,7 +17,7 @@ import pytest
 import zstandard
 
 from ml_data.account import Problem
-from ml_data.conversation import RecordError
+from ml_data.instruction.conversation import RecordError
 from ml_data.reading import CHUNK_BYTES, Record, json_text, read_chunks, records, streams, text_of
 from ml_models.flags import UsageError
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from ml_data.conversation import Conversation, Message, Preference
-from ml_data.samples import LeftOutError, Limits, instruction_sample, preference_pair
-from ml_data.turns import IGNORED, Turn, Turns
+from ml_data.instruction.conversation import Conversation, Message, Preference
+from ml_data.instruction.samples import LeftOutError, Limits, instruction_sample, preference_pair
+from ml_data.instruction.turns import IGNORED, Turn, Turns
 
 
 class Letters:

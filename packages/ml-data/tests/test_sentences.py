@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from ml_data.sentences import split_sentences
+from ml_data.pretraining.sentences import split_sentences
 
 
 @pytest.mark.parametrize(

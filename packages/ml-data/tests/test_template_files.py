@@ -14,7 +14,7 @@ from golden_conversations import TOKENIZER, conversations, golden_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ml_data.conversation import Conversation, Message, RecordError
+from ml_data.instruction.conversation import Conversation, Message, RecordError
 from ml_data.templates import Template, load_template, names
 from ml_data.tokenizer import load_tokenizer
 from ml_models.flags import UsageError

@@ -12,10 +12,10 @@ from functools import cache
 import pytest
 from golden_conversations import GOLDEN, conversations, golden_tokenizer
 
-from ml_data.conversation import Conversation, Message
+from ml_data.instruction.conversation import Conversation, Message
+from ml_data.instruction.turns import IGNORED
 from ml_data.templates import load_template, names
 from ml_data.tokenizer import load_tokenizer
-from ml_data.turns import IGNORED
 
 REAL = json.loads((GOLDEN / "real_tokenizers.json").read_text())["tokenizers"]
 MODELLINK = {"alpaca", "chatglm2", "chatglm3", "chatglm3_system", "chatml", "chatml_de"} | {

@@ -7,7 +7,7 @@ import json
 import pytest
 from golden_conversations import golden_tokenizer
 
-from ml_data.conversation import Conversation, Message, RecordError
+from ml_data.instruction.conversation import Conversation, Message, RecordError
 from ml_data.templates import load_template
 
 TOOLS = [{"name": "f", "description": "F.", "parameters": {"type": "object", "properties": {}}}]

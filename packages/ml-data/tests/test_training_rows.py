@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from training_files import Sample, made_up, write_column, write_rows
 
+from ml_data.instruction.turns import IGNORED
 from ml_data.training import (
     PreferenceDataset,
     Row,
@@ -22,7 +23,6 @@ from ml_data.training import (
     padded_length,
 )
 from ml_data.training.rows import positions
-from ml_data.turns import IGNORED
 from ml_models.flags import UsageError
 
 S = 8

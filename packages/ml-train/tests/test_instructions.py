@@ -12,8 +12,8 @@ import torch
 from token_files import made_up, write_corpus, write_rows
 from training_job import LAYOUTS, UNTIED
 
-from ml_data.sample_info import read_sample_info
-from ml_data.turns import IGNORED
+from ml_data.instruction.sample_info import read_sample_info
+from ml_data.instruction.turns import IGNORED
 from ml_models import flags
 from ml_models.flags import UsageError
 from ml_parallel.platform import Device

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from ml_data.histogram import Histogram
 from ml_data.indexed import IndexedDataset, bin_path, idx_path
+from ml_data.instruction.sample_info import SampleInfo, read_sample_info
+from ml_data.instruction.turns import IGNORED
 from ml_data.preview import preview
-from ml_data.sample_info import SampleInfo, read_sample_info
 from ml_data.sidecar import CorpusInfo, read_sidecar
 from ml_data.tokenizer import Tokenizer, TokenizerType, load_tokenizer
-from ml_data.turns import IGNORED
 from ml_models.flags import UsageError, parse
 
 _BLOCK = 1 << 20

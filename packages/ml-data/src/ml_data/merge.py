@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from ml_data.atomic import FileSet, exit_on_sigterm, naming
 from ml_data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path
+from ml_data.instruction.sample_info import SampleInfo, info_path, read_sample_info
+from ml_data.instruction.sample_info import to_json as samples_to_json
 from ml_data.merged_info import check_corpora, check_samples, merged_corpus, merged_samples
-from ml_data.sample_info import SampleInfo, info_path, read_sample_info
-from ml_data.sample_info import to_json as samples_to_json
 from ml_data.sidecar import read_sidecar, sidecar_path, to_json
 from ml_models.flags import UsageError, parse
 

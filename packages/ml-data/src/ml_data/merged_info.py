@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_data.indexed import IndexedDatasetWriter
-from ml_data.sample_info import FileInfo, SampleInfo
+from ml_data.instruction.sample_info import FileInfo, SampleInfo
 from ml_data.sidecar import CorpusInfo, unigram_entropy
 from ml_models.flags import UsageError
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ml_data.preparation import Preparation, prepare, run
+from ml_data.instruction.preparation import Preparation, prepare, run
+from ml_data.instruction.sample_config import SampleConfig
+from ml_data.instruction.sample_info import SampleInfo
 from ml_data.progress import Progress, silent
-from ml_data.sample_config import SampleConfig
-from ml_data.sample_info import SampleInfo
 from ml_models.flags import parse
 
 

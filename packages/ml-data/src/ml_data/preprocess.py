@@ -16,8 +16,8 @@ from typing import Any, Literal, get_args
 
 from ml_data import handlers
 from ml_data.handlers.dataset_info import datasets
-from ml_data.mixing import MixStrategy
-from ml_data.pretrain_text import PretrainHandler
+from ml_data.instruction.mixing import MixStrategy
+from ml_data.pretraining.pretrain_text import PretrainHandler
 from ml_data.tokenizer import TokenizerType
 from ml_models.commands import did_you_mean, run_command
 from ml_models.flags import UsageError, parse

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from ml_data.account import OnError
 from ml_data.atomic import FileSet, exit_on_sigterm
-from ml_data.corpus import Corpus, CorpusWriter
-from ml_data.encoding import Encoding, TokenDtype, make_encoder, sample_texts
-from ml_data.fast import Backend, FastBackendError
-from ml_data.pretrain_text import MADE, PretrainHandler
+from ml_data.pretraining.corpus import Corpus, CorpusWriter
+from ml_data.pretraining.encoding import Encoding, TokenDtype, make_encoder, sample_texts
+from ml_data.pretraining.fast import Backend, FastBackendError
+from ml_data.pretraining.pretrain_text import MADE, PretrainHandler
 from ml_data.progress import Done, Progress, show_progress, silent
 from ml_data.reading import TextDocument, find_files, read_chunks
 from ml_data.tokenizer import TokenizerConfig

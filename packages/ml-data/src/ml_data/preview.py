@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from rich.text import Text
 
 from ml_data.indexed import IndexedDataset
+from ml_data.instruction.turns import IGNORED
 from ml_data.tokenizer import Tokenizer
-from ml_data.turns import IGNORED
 
 _SHOWN_TOKENS = 512
 _STYLES = {"masked": "dim", "learned": "bold green", "replaced": "bold magenta"}

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_data.indexed import IndexedDataset
-from ml_data.sample_info import SampleInfo
+from ml_data.instruction.sample_info import SampleInfo
 from ml_data.sidecar import CorpusInfo, read_sidecar
 from ml_models.flags import UsageError
 from ml_train.settings import DataConfig

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_data.sample_info import read_sample_info
+from ml_data.instruction.sample_info import read_sample_info
 from ml_data.training import LabelledDataset, instruction_dataset
 from ml_models.flags import UsageError
 from ml_train.corpora import SPLITS, Description, absolute, split_bounds

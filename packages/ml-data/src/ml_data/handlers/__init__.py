@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, get_args
 
-from ml_data.conversation import Conversation, Preference
 from ml_data.handlers import alpaca, fixed, openai, sharegpt
 from ml_data.handlers.columns import Columns, Tags, map_keys
 from ml_data.handlers.formats import InstructionText, MarkedTurns
-from ml_data.pretrain_text import PretrainHandler
+from ml_data.instruction.conversation import Conversation, Preference
+from ml_data.instruction.turns import ChatFormat
+from ml_data.pretraining.pretrain_text import PretrainHandler
 from ml_data.reading.record import shown
 from ml_data.tokenizer import Tokenizer
-from ml_data.turns import ChatFormat
 from ml_models.commands import did_you_mean
 from ml_models.flags import UsageError
 

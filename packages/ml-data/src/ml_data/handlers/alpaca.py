@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ml_data.conversation import Conversation, Message, Preference, RecordError
 from ml_data.handlers.columns import Columns, text
 from ml_data.handlers.tools import tool_list
+from ml_data.instruction.conversation import Conversation, Message, Preference, RecordError
 from ml_data.reading.record import shown
 
 

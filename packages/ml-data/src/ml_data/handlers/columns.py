@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ml_data.conversation import RecordError
+from ml_data.instruction.conversation import RecordError
 from ml_data.reading.record import shown
 from ml_models.commands import did_you_mean
 from ml_models.flags import UsageError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ml_data.conversation import Conversation, Message, RecordError
 from ml_data.handlers.columns import Columns, text
+from ml_data.instruction.conversation import Conversation, Message, RecordError
 from ml_data.reading.record import shown
 
 

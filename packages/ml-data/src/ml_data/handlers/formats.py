@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ml_data.conversation import Conversation, pairs
+from ml_data.instruction.conversation import Conversation, pairs
+from ml_data.instruction.turns import Turn, Turns
 from ml_data.tokenizer import Tokenizer, required_eod
-from ml_data.turns import Turn, Turns
 from ml_models.flags import UsageError
 
 _SYSTEM = (

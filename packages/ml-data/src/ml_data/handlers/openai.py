@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
-from ml_data.conversation import Conversation, Message, Preference, RecordError, Role
 from ml_data.handlers.columns import Columns, Tags, text
 from ml_data.handlers.tools import call_text, tool_list
+from ml_data.instruction.conversation import Conversation, Message, Preference, RecordError, Role
 from ml_data.reading.record import shown
 
 _PAIR = ("chosen", "rejected")

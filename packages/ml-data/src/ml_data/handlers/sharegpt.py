@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ml_data.conversation import Conversation, Message, Preference, RecordError, Role
 from ml_data.handlers.columns import Columns, Tags, keys_of, text
 from ml_data.handlers.tools import call_text, tool_list
+from ml_data.instruction.conversation import Conversation, Message, Preference, RecordError, Role
 from ml_data.reading.record import shown
 
 

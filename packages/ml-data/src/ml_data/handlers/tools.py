@@ -1,4 +1,4 @@
-"""Tools in the one form of `ml_data.conversation`: JSON of plain functions and of calls."""
+"""Tools in one form: JSON of plain functions and of calls (see `instruction.conversation`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ml_data.conversation import RecordError
+from ml_data.instruction.conversation import RecordError
 from ml_data.reading.record import shown
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ml_data.account import Problem
-from ml_data.conversation import RecordError
+from ml_data.instruction.conversation import RecordError
 from ml_data.reading.record import Chunk, Record
 from ml_data.reading.streams import RECORD_BYTES, read_line
 from ml_data.reading.text import decode, not_utf8

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ml_data.account import Problem
-from ml_data.conversation import RecordError
+from ml_data.instruction.conversation import RecordError
 from ml_data.reading.record import Chunk, Record, shown
 from ml_data.reading.streams import RECORD_BYTES
 from ml_data.reading.text import decode, numbered_lines

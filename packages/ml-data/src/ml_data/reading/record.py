@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any, Literal, NamedTuple
 
-from ml_data.conversation import RecordError
+from ml_data.instruction.conversation import RecordError
 
 Form = Literal["text", "lines", "json lines", "json items", "csv", "arrow", "problem"]
 """What the content of a chunk is: which function parses it."""

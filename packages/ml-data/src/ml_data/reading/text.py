@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ml_data.account import Problem
-from ml_data.conversation import RecordError
+from ml_data.instruction.conversation import RecordError
 from ml_data.reading.record import Chunk, Record
 from ml_data.reading.streams import RECORD_BYTES, read_line
 from ml_models.flags import UsageError

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ml_data.conversation import Conversation, Message, RecordError
+from ml_data.instruction.conversation import Conversation, Message, RecordError
 from ml_data.templates.sandbox import FAILURES, Marks, environment, new_marks, to_json
 from ml_data.templates.tool_format import read_calls, read_tools
 from ml_models.flags import UsageError

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from ml_data.conversation import Conversation, RecordError
+from ml_data.instruction.conversation import Conversation, RecordError
+from ml_data.instruction.turns import IGNORED, Turn, Turns
 from ml_data.templates.rendering import Piece, fill, render
 from ml_data.templates.template import Special, Template, Text, Token
 from ml_data.templates.text_encoder import TextEncoder, text_encoder
-from ml_data.turns import IGNORED, Turn, Turns
 from ml_models.flags import UsageError
 
 if TYPE_CHECKING:

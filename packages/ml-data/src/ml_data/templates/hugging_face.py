@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ml_data.conversation import Conversation, Message, RecordError
+from ml_data.instruction.conversation import Conversation, Message, RecordError
+from ml_data.instruction.turns import IGNORED, Turn, Turns
 from ml_data.templates.chat_template import (
     CALL_FORMS,
     CallForm,
@@ -29,7 +30,6 @@ from ml_data.templates.chat_template import (
 from ml_data.templates.spans import find_answers
 from ml_data.templates.text_encoder import TextEncoder, text_encoder
 from ml_data.templates.tool_format import read_calls
-from ml_data.turns import IGNORED, Turn, Turns
 
 if TYPE_CHECKING:
     from ml_data.tokenizer import Tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ml_data.conversation import Conversation, Message, RecordError
+from ml_data.instruction.conversation import Conversation, Message, RecordError
 from ml_data.templates.template import Items, Place, Special, Template, Text, Token
 from ml_data.templates.thoughts import think
 from ml_data.templates.tool_format import ToolFormat

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from ml_data.conversation import RecordError
+from ml_data.instruction.conversation import RecordError
 
 if TYPE_CHECKING:
     from jinja2.ext import Extension

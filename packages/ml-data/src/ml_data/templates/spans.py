@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ml_data.conversation import RecordError
+from ml_data.instruction.conversation import RecordError
 from ml_data.templates.chat_template import ChatTemplate, Json
 
 _ANSWER = "qzanswerzq"

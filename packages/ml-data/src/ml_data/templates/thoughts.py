@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ml_data.conversation import Message
+from ml_data.instruction.conversation import Message
 from ml_data.templates.tool_format import read_calls
 
 

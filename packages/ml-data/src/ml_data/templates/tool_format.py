@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ml_data.conversation import RecordError
+from ml_data.instruction.conversation import RecordError
 from ml_data.templates.sandbox import FAILURES, environment
 from ml_models.flags import UsageError
 

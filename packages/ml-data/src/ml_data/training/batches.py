@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ml_data.instruction.turns import IGNORED
 from ml_data.training.rows import Row, positions
-from ml_data.turns import IGNORED
 
 Batch = dict[str, NDArray[Any]]
 

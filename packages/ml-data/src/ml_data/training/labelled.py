@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_data.indexed import IndexedDataset
+from ml_data.instruction.turns import IGNORED
 from ml_data.training.rows import Row, shifted
-from ml_data.turns import IGNORED
 from ml_models.flags import UsageError
 
 _BLOCK = 1 << 22

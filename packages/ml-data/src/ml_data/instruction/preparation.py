@@ -23,15 +23,15 @@ from ml_data.account import Account, OnError, Problem
 from ml_data.atomic import FileSet, exit_on_sigterm, naming
 from ml_data.handlers.dataset_info import Dataset
 from ml_data.indexed import IndexedDatasetWriter
-from ml_data.mixing import MixStrategy, Spool, gather, interleaved
-from ml_data.packing import Packer
+from ml_data.instruction.mixing import MixStrategy, Spool, gather, interleaved
+from ml_data.instruction.packing import Packer
+from ml_data.instruction.ragged import Samples
+from ml_data.instruction.sample_encoding import EncodedChunk, SampleEncoding, make_sample_encoder
+from ml_data.instruction.sample_info import FileInfo, SampleInfo, info_path, to_json
+from ml_data.instruction.turns import IGNORED
 from ml_data.progress import Done, Progress, show_progress
-from ml_data.ragged import Samples
 from ml_data.reading import Chunk, read_chunks
-from ml_data.sample_encoding import EncodedChunk, SampleEncoding, make_sample_encoder
-from ml_data.sample_info import FileInfo, SampleInfo, info_path, to_json
 from ml_data.tokenizer import Tokenizer
-from ml_data.turns import IGNORED
 from ml_data.workers import available_cpus, map_ordered
 from ml_models.flags import UsageError
 

@@ -10,14 +10,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_data.account import Problem
-from ml_data.conversation import Conversation, Preference, RecordError
 from ml_data.handlers import HANDLERS
 from ml_data.handlers.dataset_info import Dataset
-from ml_data.ragged import Ragged, Samples
+from ml_data.instruction.conversation import Conversation, Preference, RecordError
+from ml_data.instruction.ragged import Ragged, Samples
+from ml_data.instruction.samples import (
+    LeftOutError,
+    Limits,
+    Sample,
+    instruction_sample,
+    preference_pair,
+)
+from ml_data.instruction.turns import ChatFormat
 from ml_data.reading import Chunk, Record, records
-from ml_data.samples import LeftOutError, Limits, Sample, instruction_sample, preference_pair
 from ml_data.tokenizer import Tokenizer, TokenizerConfig, required_eod
-from ml_data.turns import ChatFormat
 
 INSTRUCTION = ("input_ids", "labels")
 PREFERENCE = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")

@@ -11,10 +11,17 @@ import numpy as np
 
 from ml_data.account import Account
 from ml_data.atomic import FileSet, naming
-from ml_data.duplicates import SeenTexts
-from ml_data.encoding import NO_TEXT, Encoding, TokenizerFacts, Tokens, keep_documents, too_long
 from ml_data.histogram import Histogram
 from ml_data.indexed import IndexedDatasetWriter
+from ml_data.pretraining.duplicates import SeenTexts
+from ml_data.pretraining.encoding import (
+    NO_TEXT,
+    Encoding,
+    TokenizerFacts,
+    Tokens,
+    keep_documents,
+    too_long,
+)
 from ml_data.sidecar import CorpusInfo, Level, sidecar_path, to_json, unigram_entropy
 from ml_models.flags import UsageError
 

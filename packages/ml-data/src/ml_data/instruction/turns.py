@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from ml_data.conversation import Conversation
+from ml_data.instruction.conversation import Conversation
 
 IGNORED = -100
 """Label of a token that is no part of the loss, as torch's cross entropy has it."""

@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, NamedTuple
 
-from ml_data.conversation import Conversation, Message, Preference
-from ml_data.turns import IGNORED, ChatFormat, Turn, Turns
+from ml_data.instruction.conversation import Conversation, Message, Preference
+from ml_data.instruction.turns import IGNORED, ChatFormat, Turn, Turns
 
 OnTooLong = Literal["cut", "skip"]
 """What to do with a sample of more than `seq_length` tokens."""

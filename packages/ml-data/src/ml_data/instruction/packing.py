@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_data.ragged import Ragged, Samples
+from ml_data.instruction.ragged import Ragged, Samples
 from ml_data.training import Permutation
 
 WINDOW_TOKENS = 1 << 22

@@ -10,11 +10,11 @@ from ml_data import handlers
 from ml_data.account import OnError
 from ml_data.handlers import dataset_info
 from ml_data.handlers.dataset_info import Dataset
-from ml_data.mixing import MixStrategy
-from ml_data.preparation import Preparation
+from ml_data.instruction.mixing import MixStrategy
+from ml_data.instruction.preparation import Preparation
+from ml_data.instruction.sample_encoding import SampleEncoding
+from ml_data.instruction.samples import Limits, OnTooLong
 from ml_data.reading import find_files
-from ml_data.sample_encoding import SampleEncoding
-from ml_data.samples import Limits, OnTooLong
 from ml_data.tokenizer import TokenizerConfig
 from ml_models.flags import UsageError
 

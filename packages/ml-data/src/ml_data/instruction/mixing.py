@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_data.atomic import naming
-from ml_data.ragged import Ragged, Samples, runs
+from ml_data.instruction.ragged import Ragged, Samples, runs
 
 MixStrategy = Literal["concat", "interleave_under", "interleave_over"]
 """One dataset after the other; interleaved until one has ended; until all have, beginning again

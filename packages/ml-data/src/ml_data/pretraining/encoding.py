@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_data.account import Account, OnError, Problem
-from ml_data.conversation import RecordError
-from ml_data.duplicates import digests
-from ml_data.fast import Backend, Encoder, beginning, make_encoder_for
 from ml_data.indexed import token_dtype
-from ml_data.pretrain_text import PretrainHandler, made_text
+from ml_data.instruction.conversation import RecordError
+from ml_data.pretraining.duplicates import digests
+from ml_data.pretraining.fast import Backend, Encoder, beginning, make_encoder_for
+from ml_data.pretraining.pretrain_text import PretrainHandler, made_text
+from ml_data.pretraining.sentences import split_sentences
 from ml_data.reading import Chunk, records, text_of
-from ml_data.sentences import split_sentences
 from ml_data.tokenizer import Tokenizer, TokenizerConfig, required_eod
 from ml_models.flags import UsageError
 

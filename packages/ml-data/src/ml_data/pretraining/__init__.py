@@ -1,0 +1,1 @@
+"""From records to documents of tokens: what `ml-data pretrain` is made of."""
