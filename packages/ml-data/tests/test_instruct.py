@@ -278,3 +278,15 @@ def test_the_chat_template_of_the_tokenizer_is_used_where_that_is_asked(
     learned = [label for label in labels if label != IGNORED]
     assert learned == backend.encode("Hello</s>").ids
     assert read_sample_info(prefix).template == "hf-chat-template"
+
+
+def test_a_column_that_is_named_must_be_in_some_record(instruct, tmp_path):
+    plain = {"instruction": "Hi", "output": "Hello"}
+    talk = {**plain, "past": [["Are you", "I am"]]}
+    records = [plain] * 300 + [talk] + [plain] * 300
+    named = ("--map-keys", '{"history": "past"}')
+    lengths = [len(ids) for ids, _ in samples(instruct(records, *named, "--workers", "2"))]
+    assert lengths.index(max(lengths)) == 300
+    with pytest.raises(UsageError, match=r"^--map-keys: no record of .*jsonl has a column 'past'$"):
+        instruct([plain] * 3, *named, name="none")
+    assert not list(tmp_path.glob("none*"))

@@ -50,9 +50,15 @@ class Columns:
     rejected: str | None = "rejected"
     tags: Tags = Tags()
     mapped: frozenset[str] = frozenset()
-    """Fields that the user named: these columns must be in every record."""
+    """Fields that the user named: some record must have these columns."""
     named_by: str = "--map-keys"
     """What names them, for messages."""
+
+    @property
+    def named(self) -> frozenset[str]:
+        """Names of the columns that the user named."""
+        names = (getattr(self, field) for field in self.mapped)
+        return frozenset(name for name in names if name is not None)
 
     def text(self, record: Mapping[str, Any], field: str, *, required: bool = False) -> str:
         """Return the text in the column of `field`; "" if it is null, or optional and not there.
@@ -76,7 +82,7 @@ class Columns:
             if required:
                 raise RecordError(f"no column is named for {field}")
             return None
-        if column not in record and (required or field in self.mapped):
+        if column not in record and required:
             there = f"the columns are {keys_of(record)}"
             raise RecordError(f"no column {column!r}; {there}; choose with {self.named_by}")
         value = record.get(column)

@@ -144,6 +144,7 @@ def _encoded(
     """Yield encoded chunks, dataset by dataset, up to the records that each may give."""
     datasets = preparation.encoding.datasets
     left = [dataset.max_samples or sys.maxsize for dataset in datasets]
+    missing = [dataset.columns.named for dataset in datasets]
     workers = preparation.workers or available_cpus()
     arguments = (preparation.encoding,)
     encoded = map_ordered(
@@ -153,9 +154,22 @@ def _encoded(
         for whole in encoded:
             chunk = whole.head(left[whole.dataset])
             left[chunk.dataset] -= len(chunk.counts)
+            missing[chunk.dataset] &= chunk.missing
             account.count(chunk, preparation.on_error)
             progress(Done(chunk.consumed, len(chunk.counts), chunk.text_bytes))
             yield chunk
+    for dataset, columns in zip(datasets, missing, strict=True):
+        _check_columns(dataset, columns)
+
+
+def _check_columns(dataset: Dataset, missing: frozenset[str]) -> None:
+    """Refuse a column that was named and is in no record: a slip of the pen, most likely."""
+    if missing:
+        names = ", ".join(map(repr, sorted(missing)))
+        raise UsageError(
+            f"{dataset.columns.named_by}: no record of {' '.join(dataset.input)} has a column "
+            f"{names}"
+        )
 
 
 def _chunks(preparation: Preparation, left: list[int]) -> Iterator[tuple[int, Chunk]]:

@@ -99,6 +99,8 @@ class EncodedChunk(NamedTuple):
     """UTF-8 size of what is said in the samples."""
     consumed: int
     """Bytes of the file that the chunk took."""
+    missing: frozenset[str]
+    """Columns that the user named, and that the worker has not seen in any record so far."""
 
     def head(self, count: int) -> EncodedChunk:
         """Return the first `count` records."""
@@ -125,7 +127,8 @@ def make_sample_encoder(
         collected = _Collected()
         for record in records(chunk):
             collected.add(record, encoders[dataset])
-        return collected.finish(dataset, encoding.columns, chunk.consumed)
+        missing = encoders[dataset].missing
+        return collected.finish(dataset, encoding.columns, chunk.consumed, missing)
 
     return encode_chunk
 
@@ -154,8 +157,11 @@ class _RecordEncoder:
         )
         self._convert = handler.convert
         self._columns = dataset.columns
+        self.missing = dataset.columns.named
 
     def __call__(self, value: dict[str, Any]) -> _Encoded:
+        if self.missing:
+            self.missing -= value.keys()
         samples: list[tuple[Sample, ...]] = []
         left_out: list[str] = []
         text_bytes = 0
@@ -210,7 +216,9 @@ class _Collected:
         self._samples += encoded.samples
         self._text_bytes += encoded.text_bytes
 
-    def finish(self, dataset: int, names: tuple[str, ...], consumed: int) -> EncodedChunk:
+    def finish(
+        self, dataset: int, names: tuple[str, ...], consumed: int, missing: frozenset[str]
+    ) -> EncodedChunk:
         sides = list(zip(*self._samples, strict=True)) or [()] * (len(names) // 2)
         lists = [
             [getattr(sample, field) for sample in side]
@@ -226,4 +234,5 @@ class _Collected:
             cut=np.array([any(s.cut for s in samples) for samples in self._samples], np.bool_),
             text_bytes=self._text_bytes,
             consumed=consumed,
+            missing=missing,
         )
