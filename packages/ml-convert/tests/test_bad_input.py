@@ -196,10 +196,8 @@ def test_an_output_that_exists_stays_as_it_is(tmp_path, make_hf, capfd):
 def test_numbers_that_do_not_fit_the_dtype(tmp_path, make_hf, oracle, capfd):
     hf = make_hf(dtype="F32")
     # One tensor only: several threads write, and which of two would be found first is not said.
-    words = dict(hf.tensors)
-    words["model.embed_tokens.weight"] = np.full_like(
-        words["model.embed_tokens.weight"], np.float32(1e30).view(np.uint32)
-    )
+    words = {name: np.zeros_like(word) for name, word in hf.tensors.items()}
+    words["model.embed_tokens.weight"] += np.float32(1e30).view(np.uint32)
     oracle.write_safetensors(hf.path / "model.safetensors", words, "F32")
     code, line = run(hf, tmp_path, capfd, "--params-dtype", "fp16")
     assert code == 2
