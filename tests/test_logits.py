@@ -101,7 +101,7 @@ def logits_loss_and_gradients(weights, gradients, config):
     from ml_parallel import checkpoint
     from ml_train.build import build
     from ml_train.restore import restore
-    from ml_train.step import _reduce, _run_schedule
+    from ml_train.step import _reduce, _run_schedule, mean_loss
 
     built = build(config)
     # A gradient is laid out like its weight, and so are those that transformers computed.
@@ -111,7 +111,7 @@ def logits_loss_and_gradients(weights, gradients, config):
     logits = all_logits(built)
     batches = [iter(micro_batches()) for _ in built.chunks]
     reports = _run_schedule(built.chunks, batches, built.shape, forward_only=False)
-    loss, *_ = _reduce(reports, built.shape, False)
+    loss = mean_loss([_reduce(reports, built.shape, False)])
     found = {name: tensor.main_grad.clone() for name, tensor in parameters(built)}
     return logits, loss, as_arrays(found), as_arrays(expected)
 

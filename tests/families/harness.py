@@ -390,7 +390,7 @@ def _loss_and_gradients(
 ) -> tuple[float, dict[str, numpy.ndarray], dict[str, numpy.ndarray]]:
     """Return the loss, our gradient of each of this rank's weights, and the published one."""
     from ml_train.build import build
-    from ml_train.step import _reduce, _run_schedule
+    from ml_train.step import _reduce, _run_schedule, mean_loss
 
     built = build(config)
     # A gradient is laid out like its weight, and so are those of the published model.
@@ -399,7 +399,7 @@ def _loss_and_gradients(
     _load(weights, built)
     _, batches = _micro_batches(built)
     reports = _run_schedule(built.chunks, [iter(batches)], built.shape, forward_only=False)
-    loss, *_ = _reduce(reports, built.shape, False)
+    loss = mean_loss([_reduce(reports, built.shape, False)])
     found = {name: tensor.main_grad.clone().numpy() for name, tensor in _parameters(built)}
     return loss, found, expected
 

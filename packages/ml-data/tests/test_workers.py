@@ -212,7 +212,8 @@ def proportional_memory() -> int:
 def test_the_function_is_made_once_for_all_workers(tmp_path):
     items = [("pid", None), ("sleep", 0.1)] * 6
     results = list(map_ordered(make_marker, (str(tmp_path / "marks"),), items, workers=3))
-    assert len({pid for pid in results if isinstance(pid, int)}) == 3
+    # On a busy machine one of the three may get none of these short items.
+    assert 1 < len({pid for pid in results if isinstance(pid, int)}) <= 3
     assert (tmp_path / "marks").read_text() == "made\n"
 
 

@@ -148,7 +148,7 @@ def checkpoints(tmp_path):
         ),
         (
             "--tokenizer-model nowhere --tokenizer-type Llama2Tokenizer",
-            "tokenizer nowhere: no such file or directory (what has a name on a hub: download",
+            "tokenizer nowhere: no such file or directory (what has a name on a hub: download it)",
         ),
     ],
 )
