@@ -8,7 +8,8 @@ import pytest
 import tokenizers
 from sample_files import ALPACA, column, runner, samples, write
 
-from ml_data.instruction.sample_info import info_path, read_sample_info, to_json
+from ml_data.description import to_json
+from ml_data.instruction.sample_info import info_path, read_sample_info
 from ml_models.flags import UsageError
 
 IGNORED = -100

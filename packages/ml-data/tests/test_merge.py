@@ -15,9 +15,9 @@ import pytest
 from ml_data import merge as merging
 from ml_data.atomic import FileSet
 from ml_data.cli import main
+from ml_data.description import to_json
 from ml_data.indexed import IndexedDataset, IndexedDatasetWriter
 from ml_data.instruction.sample_info import FileInfo, SampleInfo, info_path, read_sample_info
-from ml_data.instruction.sample_info import to_json as samples_to_json
 from ml_data.sidecar import read_sidecar
 
 
@@ -144,7 +144,7 @@ def write_samples(prefix: Path, samples: list[list[int]], **changes: object) -> 
         "records": len(samples) + 1, "skipped": {"empty": 1}, "failed": 0,
         "files": {"input_ids": file, "labels": file}, "created_by": "",
     } | changes  # fmt: skip
-    info_path(prefix).write_text(samples_to_json(SampleInfo(**values)))
+    info_path(prefix).write_text(to_json(SampleInfo(**values)))
 
 
 def test_instruction_data_are_merged_with_their_description(tmp_path):

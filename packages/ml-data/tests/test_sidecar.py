@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from ml_data.sidecar import CorpusInfo, read_sidecar, sidecar_path, to_json, unigram_entropy
+from ml_data.description import to_json
+from ml_data.sidecar import CorpusInfo, read_sidecar, sidecar_path, unigram_entropy
 from ml_models.flags import UsageError
 
 INFO = CorpusInfo(

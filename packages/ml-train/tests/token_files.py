@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from ml_data.atomic import FileSet
+from ml_data.description import to_json
 from ml_data.indexed import IndexedDatasetWriter
-from ml_data.sidecar import CorpusInfo, sidecar_path, to_json
+from ml_data.sidecar import CorpusInfo, sidecar_path
 
 INFO = CorpusInfo(
     tokenizer="tokenizers/a",

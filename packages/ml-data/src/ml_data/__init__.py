@@ -1,1 +1,1 @@
-"""Raw text to the token files that Megatron trains on."""
+"""Texts, instructions and preferences to the token files that Megatron trains on."""

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_data.atomic import FileSet, exit_on_sigterm, naming
+from ml_data.description import to_json
 from ml_data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path
 from ml_data.instruction.sample_info import SampleInfo, info_path, read_sample_info
-from ml_data.instruction.sample_info import to_json as samples_to_json
 from ml_data.merged_info import check_corpora, check_samples, merged_corpus, merged_samples
-from ml_data.sidecar import read_sidecar, sidecar_path, to_json
+from ml_data.sidecar import read_sidecar, sidecar_path
 from ml_models.flags import UsageError, parse
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def merge(config: MergeConfig) -> None:
         writers = {key: _merge(found, f"{target}_{key}", files) for key, found in parts.items()}
         if description is not None:
             ours = {key: writers[key] for key in of_samples}
-            description.write(samples_to_json(merged_samples(samples, ours)).encode())
+            description.write(to_json(merged_samples(samples, ours)).encode())
         files.publish()
     for key, found in parts.items():
         logger.info("%s_%s: %s", target, key, ", ".join(path.name for path in found))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ml_data.account import OnError
 from ml_data.atomic import FileSet, exit_on_sigterm
+from ml_data.destination import Destination
 from ml_data.pretraining.corpus import Corpus, CorpusWriter
 from ml_data.pretraining.encoding import Encoding, TokenDtype, make_encoder, sample_texts
 from ml_data.pretraining.fast import Backend, FastBackendError
@@ -25,7 +26,7 @@ from ml_data.pretraining.pretrain_text import MADE, PretrainHandler
 from ml_data.progress import Done, Progress, show_progress, silent
 from ml_data.reading import TextDocument, find_files, read_chunks
 from ml_data.tokenizer import TokenizerConfig
-from ml_data.workers import available_cpus, map_ordered
+from ml_data.workers import map_ordered
 from ml_models.flags import UsageError, parse
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class Tokenization:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Output:
+class Output(Destination):
     """Output."""
 
     output_prefix: str
@@ -96,27 +97,6 @@ class Output:
     --split-sentences), with a description in .json."""
     histogram: bool = False
     """Show how long the documents are."""
-    workers: int | None = None
-    """Processes that tokenize; by default one for each processor."""
-    n_subs: int = 1
-    """ModelLink's parts of the input: at least so many processes; the files are the same."""
-    log_interval: int = 10_000
-    """Without a terminal, documents between two lines of progress."""
-
-    def __post_init__(self) -> None:
-        for name in ("workers", "n_subs", "log_interval"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-        if not Path(self.output_prefix).name or self.output_prefix.endswith(os.sep):
-            raise ValueError(
-                f"--output-prefix {self.output_prefix!r}: must end in a file name, not a directory"
-            )
-
-    @property
-    def processes(self) -> int:
-        """How many workers there are."""
-        return max(self.workers or available_cpus(), self.n_subs)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,37 +8,21 @@ the entropy of the tokens' frequencies.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ml_data.typed import check_types
-from ml_models.flags import UsageError
+from ml_data.description import TokenizerInfo, check_size, known, read_description
 
 Level = Literal["document", "sentence"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CorpusInfo:
+class CorpusInfo(TokenizerInfo):
     """A dataset of token files."""
 
-    tokenizer: str
-    """Path of the tokenizer."""
-    tokenizer_kind: str
-    """Library whose ids these are: `tokenizers`, `sentencepiece`, `tiktoken` or `transformers`."""
-    tokenizer_identity: str
-    """Equal for tokenizers that give the same ids."""
-    vocab_size: int
-    """One more than the largest id the tokenizer can give."""
-    bos: int | None
-    """Id of the token that begins a text."""
-    eod: int | None
-    """Id of the token that ends a document."""
-    pad: int | None
-    """Id of the padding token."""
     append_eod: bool
     """Whether `eod` ends every document."""
     key: str
@@ -83,11 +67,6 @@ def sidecar_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.json")
 
 
-def to_json(info: CorpusInfo) -> str:
-    """Return the content of a sidecar."""
-    return json.dumps(dataclasses.asdict(info), indent=2) + "\n"
-
-
 def read_sidecar(prefix: str | Path) -> CorpusInfo | None:
     """Return what is known of the dataset at `prefix`, or None if nothing lies beside it.
 
@@ -95,21 +74,11 @@ def read_sidecar(prefix: str | Path) -> CorpusInfo | None:
         UsageError: the file is damaged, or of another dataset than the `.bin` beside it.
     """
     path = sidecar_path(prefix)
-    if not path.exists():
-        return None
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        names = {field.name for field in dataclasses.fields(CorpusInfo)}
-        info = CorpusInfo(**{name: value for name, value in values.items() if name in names})
-        check_types(info)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path}: not the description of a dataset ({error})") from error
-    tokens = Path(f"{prefix}.bin")
-    if tokens.exists() and tokens.stat().st_size != info.bin_bytes:
-        raise UsageError(
-            f"{path}: not of the same run as {tokens}: "
-            f"describes {info.bin_bytes} bytes, not {tokens.stat().st_size}"
-        )
+    info = read_description(
+        path, lambda values: CorpusInfo(**known(CorpusInfo, values)), "a dataset"
+    )
+    if info is not None:
+        check_size(path, Path(f"{prefix}.bin"), info.bin_bytes)
     return info
 
 

@@ -21,18 +21,19 @@ from numpy.typing import NDArray
 
 from ml_data.account import Account, OnError, Problem
 from ml_data.atomic import FileSet, exit_on_sigterm, naming
+from ml_data.description import TokenizerInfo, to_json
 from ml_data.handlers.dataset_info import Dataset
 from ml_data.indexed import IndexedDatasetWriter
 from ml_data.instruction.mixing import MixStrategy, Spool, gather, interleaved
 from ml_data.instruction.packing import Packer
 from ml_data.instruction.ragged import Samples
 from ml_data.instruction.sample_encoding import EncodedChunk, SampleEncoding, make_sample_encoder
-from ml_data.instruction.sample_info import FileInfo, SampleInfo, info_path, to_json
+from ml_data.instruction.sample_info import FileInfo, SampleInfo, info_path
 from ml_data.instruction.turns import IGNORED
 from ml_data.progress import Done, Progress, show_progress
 from ml_data.reading import Chunk, read_chunks
 from ml_data.tokenizer import Tokenizer
-from ml_data.workers import available_cpus, map_ordered
+from ml_data.workers import map_ordered
 from ml_models.flags import UsageError
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class Preparation:
     interleave_probs: tuple[float, ...] | None = None
     seed: int = 1234
     on_error: OnError = "stop"
-    workers: int | None = None
+    workers: int = 1
 
     @property
     def prefix(self) -> str:
@@ -145,10 +146,9 @@ def _encoded(
     datasets = preparation.encoding.datasets
     left = [dataset.max_samples or sys.maxsize for dataset in datasets]
     missing = [dataset.columns.named for dataset in datasets]
-    workers = preparation.workers or available_cpus()
     arguments = (preparation.encoding,)
     encoded = map_ordered(
-        make_sample_encoder, arguments, _chunks(preparation, left), workers=workers
+        make_sample_encoder, arguments, _chunks(preparation, left), workers=preparation.workers
     )
     with contextlib.closing(encoded):
         for whole in encoded:
@@ -283,16 +283,10 @@ class _Writer:
         self._sums["rows"] += len(first) if rows is None else len(rows)
 
     def _info(self, account: SampleAccount) -> SampleInfo:
-        tokenizer, encoding = self._tokenizer, self._preparation.encoding
+        encoding = self._preparation.encoding
         return SampleInfo(
             kind="preference" if "chosen_labels" in self._columns else "instruction",
-            tokenizer=tokenizer.path,
-            tokenizer_kind=tokenizer.kind,
-            tokenizer_identity=tokenizer.identity,
-            vocab_size=tokenizer.vocab_size,
-            bos=tokenizer.bos,
-            eod=tokenizer.eod,
-            pad=tokenizer.pad,
+            **vars(TokenizerInfo.of(self._tokenizer)),
             template=encoding.template_name,
             handlers=tuple(dataset.handler for dataset in encoding.datasets),
             append_eod=encoding.append_eod,

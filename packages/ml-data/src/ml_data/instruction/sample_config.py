@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from ml_data import handlers
 from ml_data.account import OnError
+from ml_data.destination import Destination
 from ml_data.handlers import dataset_info
 from ml_data.handlers.dataset_info import Dataset
 from ml_data.instruction.mixing import MixStrategy
@@ -119,31 +118,13 @@ class SampleShape:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Output:
+class Output(Destination):
     """Output."""
 
     output_prefix: str
     """The datasets are PREFIX_packed_..._document.bin and .idx, described in PREFIX_packed.json."""
     on_error: OnError = "stop"
     """A record that is not what its format says: end with its place, or count it and go on."""
-    workers: int | None = None
-    """Processes that tokenize; by default one for each processor."""
-    n_subs: int = 1
-    """Of ModelLink; the files are the same for any value, --workers sets the speed."""
-    log_interval: int = 10_000
-    """Without a terminal, records between two lines of progress."""
-
-    def __post_init__(self) -> None:
-        for name in ("workers", "n_subs", "log_interval"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} {value}: must be at least 1")
-        name = Path(self.output_prefix).name
-        if name in ("", "..") or self.output_prefix.endswith(os.sep):
-            raise ValueError(
-                f"--output-prefix {self.output_prefix!r}: must end in a file name, not a directory"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +168,7 @@ class SampleConfig:
             interleave_probs=self.mixing.interleave_probs,
             seed=self.mixing.seed,
             on_error=self.output.on_error,
-            workers=self.output.workers,
+            workers=self.output.processes,
         )
 
 

@@ -7,12 +7,10 @@ run can refuse another tokenizer, and anybody can see what became of the input.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
-from ml_data.typed import check_types
-from ml_models.flags import UsageError
+from ml_data.description import TokenizerInfo, check_size, known, read_description
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,25 +26,11 @@ class FileInfo:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SampleInfo:
+class SampleInfo(TokenizerInfo):
     """Instruction or preference data on disk."""
 
     kind: Literal["instruction", "preference"]
     """What a sample is."""
-    tokenizer: str
-    """Path of the tokenizer."""
-    tokenizer_kind: str
-    """Library that encoded."""
-    tokenizer_identity: str
-    """Equal for tokenizers that give the same ids."""
-    vocab_size: int
-    """One more than the largest id the tokenizer can give."""
-    bos: int | None
-    """Id of the token that begins a text."""
-    eod: int | None
-    """Id of the token that ends a text."""
-    pad: int | None
-    """Id of the padding token."""
     template: str
     """`--prompt-type`, `hf-chat-template`, or the handler that writes conversations itself."""
     handlers: tuple[str, ...]
@@ -86,11 +70,6 @@ def info_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}_packed.json")
 
 
-def to_json(info: SampleInfo) -> str:
-    """Return the content of a description."""
-    return json.dumps(dataclasses.asdict(info), indent=2) + "\n"
-
-
 def read_sample_info(prefix: str | Path) -> SampleInfo | None:
     """Return what is known of the data at `prefix`, or None if nothing lies beside it.
 
@@ -98,26 +77,13 @@ def read_sample_info(prefix: str | Path) -> SampleInfo | None:
         UsageError: the file is damaged, or of another run than a `.bin` beside it.
     """
     path = info_path(prefix)
-    if not path.exists():
-        return None
-    try:
-        info = _from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UsageError(f"{path}: not the description of samples ({error})") from error
-    for name, file in info.files.items():
-        tokens = Path(f"{prefix}_packed_{name}_document.bin")
-        if tokens.exists() and tokens.stat().st_size != file.bin_bytes:
-            raise UsageError(
-                f"{path}: not of the same run as {tokens}: "
-                f"describes {file.bin_bytes} bytes, not {tokens.stat().st_size}"
-            )
+    info = read_description(path, _from_values, "samples")
+    for name, file in info.files.items() if info is not None else ():
+        check_size(path, Path(f"{prefix}_packed_{name}_document.bin"), file.bin_bytes)
     return info
 
 
-def _from_json(values: dict[str, Any]) -> SampleInfo:
-    names = {field.name for field in dataclasses.fields(SampleInfo)}
-    known = {name: value for name, value in values.items() if name in names}
-    files = {name: FileInfo(**file) for name, file in known["files"].items()}
-    info = SampleInfo(**{**known, "files": files, "handlers": tuple(known["handlers"])})
-    check_types(info)
-    return info
+def _from_values(values: dict[str, Any]) -> SampleInfo:
+    given = known(SampleInfo, values)
+    files = {name: FileInfo(**file) for name, file in given["files"].items()}
+    return SampleInfo(**{**given, "files": files, "handlers": tuple(given["handlers"])})

@@ -11,6 +11,7 @@ import numpy as np
 
 from ml_data.account import Account
 from ml_data.atomic import FileSet, naming
+from ml_data.description import to_json
 from ml_data.histogram import Histogram
 from ml_data.indexed import IndexedDatasetWriter
 from ml_data.pretraining.duplicates import SeenTexts
@@ -22,7 +23,7 @@ from ml_data.pretraining.encoding import (
     keep_documents,
     too_long,
 )
-from ml_data.sidecar import CorpusInfo, Level, sidecar_path, to_json, unigram_entropy
+from ml_data.sidecar import CorpusInfo, Level, sidecar_path, unigram_entropy
 from ml_models.flags import UsageError
 
 DUPLICATE = "text was there before"
@@ -58,13 +59,13 @@ class CorpusWriter:
     ) -> None:
         self.key = key
         self._encoding = encoding
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer.info
         self._files = files
         self._level: Level = "sentence" if encoding.split_sentences else "document"
         self._writer = IndexedDatasetWriter(
             f"{prefix}_{key}_{self._level}", tokenizer.dtype, self._files
         )
-        self._counts = np.zeros(tokenizer.vocab_size, np.int64)
+        self._counts = np.zeros(tokenizer.info.vocab_size, np.int64)
         self._account = Account()
         self._lengths = Histogram()
         self._seen = SeenTexts() if encoding.deduplicate else None
@@ -105,15 +106,9 @@ class CorpusWriter:
         return Corpus(self._writer.prefix, info, self._account, self._lengths)
 
     def _info(self) -> CorpusInfo:
-        tokenizer, encoding, account = self._tokenizer, self._encoding, self._account
+        encoding, account = self._encoding, self._account
         return CorpusInfo(
-            tokenizer=tokenizer.path,
-            tokenizer_kind=tokenizer.kind,
-            tokenizer_identity=tokenizer.identity,
-            vocab_size=tokenizer.vocab_size,
-            bos=tokenizer.bos,
-            eod=tokenizer.eod,
-            pad=tokenizer.pad,
+            **vars(self._tokenizer),
             append_eod=encoding.append_eod,
             key=self.key,
             documents=account.written,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml_data.account import Account, OnError, Problem
+from ml_data.description import TokenizerInfo
 from ml_data.indexed import token_dtype
 from ml_data.instruction.conversation import RecordError
 from ml_data.pretraining.duplicates import digests
@@ -62,13 +63,7 @@ class Encoding:
 class TokenizerFacts(NamedTuple):
     """What the process that writes must know of the tokenizer, which it does not load."""
 
-    path: str
-    kind: str
-    identity: str
-    vocab_size: int
-    bos: int | None
-    eod: int | None
-    pad: int | None
+    info: TokenizerInfo
     dtype: str
     """Type of its tokens on disk."""
     choice: str | None
@@ -276,14 +271,4 @@ def _dtype(wanted: TokenDtype, tokenizer: Tokenizer) -> np.dtype[Any]:
 def _facts(tokenizer: Tokenizer, encoder: Encoder, dtype: np.dtype[Any]) -> TokenizerFacts:
     name = "gigatoken" if encoder.fast else tokenizer.kind
     choice = f"encoding with {name}: {encoder.reason}" if encoder.reason else None
-    return TokenizerFacts(
-        path=tokenizer.path,
-        kind=tokenizer.kind,
-        identity=tokenizer.identity,
-        vocab_size=tokenizer.vocab_size,
-        bos=tokenizer.bos,
-        eod=tokenizer.eod,
-        pad=tokenizer.pad,
-        dtype=dtype.name,
-        choice=choice,
-    )
+    return TokenizerFacts(TokenizerInfo.of(tokenizer), dtype.name, choice)
