@@ -15,7 +15,7 @@ OUTPUTS = pytest.mark.parametrize(
 @OUTPUTS
 @pytest.mark.parametrize("prefix", ["", "out/", "..", "out/.."])
 def test_a_prefix_that_is_a_directory_is_refused(output, prefix):
-    with pytest.raises(ValueError, match="^--output-prefix '.*': must end in a file name"):
+    with pytest.raises(ValueError, match=r"^--output-prefix '.*': must end in a file name"):
         output(output_prefix=prefix)
 
 
