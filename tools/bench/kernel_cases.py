@@ -20,16 +20,27 @@ Side = Callable[[], object]
 Forward = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
 
 
+@dataclass(frozen=True)
 class Sizes:
-    """The shapes of all cases: those of a small Llama, or tiny ones."""
+    """The shapes of all cases."""
 
-    def __init__(self, *, quick: bool) -> None:
-        self.quick = quick
-        self.sequence, self.batch = (64, 1) if quick else (2048, 1)
-        self.hidden, self.ffn = (64, 176) if quick else (1024, 2816)
-        self.heads, self.groups, self.head_dim = (4, 2, 16) if quick else (16, 4, 64)
-        self.vocab = 512 if quick else 32000
-        self.experts, self.per_token = (4, 2) if quick else (8, 2)
+    sequence: int
+    batch: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head_dim: int
+    vocab: int
+    experts: int = 8
+    per_token: int = 2
+
+
+TINY = Sizes(64, 1, 64, 176, 4, 2, 16, 512, experts=4)
+SMALL = Sizes(2048, 1, 1024, 2816, 16, 4, 64, 32000)
+"""A small Llama, for two cores."""
+LARGE = Sizes(4096, 4, 4096, 14336, 32, 8, 128, 128256)
+"""A layer of Llama-3-8B, for a GPU."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +60,20 @@ class Case:
 
     def sides(self, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, Side]:
         """Build the sides for a device and a dtype."""
-        forwards = {**self.peers, "ours": self.ours}
-        if device.type == "cuda" and "eager" in self.peers:
-            forwards["torch.compile"] = torch.compile(self.peers["eager"])
-            if self.name in LIGER and find_spec("liger_kernel"):
-                forwards["Liger"] = LIGER[self.name]
+        forwards = {**self.peers_on(device), "ours": self.ours}
         return {
             name: _forward_backward(forward, self._inputs(name, sizes, device, dtype))
             for name, forward in forwards.items()
         }
+
+    def peers_on(self, device: torch.device) -> dict[str, Forward]:
+        """Return the peers; on a GPU a compiler and a library of kernels are others."""
+        if device.type != "cuda":
+            return self.peers
+        more = {"torch.compile": torch.compile(self.peers["eager"])}
+        if self.name in LIGER and has_liger(device):
+            more["Liger"] = LIGER[self.name]
+        return {**self.peers, **more}
 
     def _inputs(
         self, side: str, sizes: Sizes, device: torch.device, dtype: torch.dtype
@@ -102,7 +118,8 @@ def _llama() -> Any:
 
 def _attention_inputs(sizes: Sizes) -> list[torch.Tensor]:
     heads = (sizes.heads, sizes.groups, sizes.groups)
-    return [torch.randn(sizes.sequence, sizes.batch, n, sizes.head_dim) for n in heads]
+    batch = max(1, sizes.batch // 2)  # for the matrix of scores of its peers
+    return [torch.randn(sizes.sequence, batch, n, sizes.head_dim) for n in heads]
 
 
 def _attention_eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -247,14 +264,17 @@ CASES = (
         lambda s: [_hidden(s, s.hidden), _hidden(s, s.hidden), torch.ones(s.hidden)],
         lambda x, residual, weight: ml_kernels.add_rms_norm(x, residual, weight, eps=1e-6),
         {"eager": _add_rms_norm_eager},
-        passes=9,
+        passes=10,  # two of them copy the gradient of the sum: each leaf gets one of its own
     ),
     Case(
         "layer_norm",
         "layer_norm",
         lambda s: [_hidden(s, s.hidden), torch.ones(s.hidden), torch.zeros(s.hidden)],
         lambda x, weight, bias: ml_kernels.layer_norm(x, weight, bias, eps=1e-5),
-        {"eager": _layer_norm_eager},
+        {
+            "eager": _layer_norm_eager,
+            "torch": lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, 1e-5),
+        },
         passes=5,
     ),
     Case(
@@ -286,7 +306,7 @@ CASES = (
     Case(
         "rotary_embedding",
         "rotary_embedding",
-        lambda s: [_attention_inputs(s)[0]],
+        lambda s: [torch.randn(s.sequence, s.batch, s.heads, s.head_dim)],
         _rotary_ours,
         {"eager": _rotary_eager, "Hugging Face": _rotary_hugging_face},
         passes=4,
@@ -343,17 +363,36 @@ LIGER: dict[str, Forward] = {
 }
 
 
+def loss_shapes(device: torch.device) -> list[str]:
+    """Return which of the losses there are here."""
+    there = {"torch, chunked": hasattr(F, "linear_cross_entropy"), "Liger": has_liger(device)}
+    return [shape for shape in LOSS_SHAPES if there.get(shape, True)]
+
+
+def has_liger(device: torch.device) -> bool:
+    """Say whether Liger Kernel can be compared with."""
+    return device.type == "cuda" and find_spec("liger_kernel") is not None
+
+
 # Linear + cross entropy, for memory
 
-LOSS_SHAPES = ("full logits", "torch, chunked", "ours")
+LOSS_SHAPES = ("full logits", "torch, chunked", "Liger", "ours")
+
+
+def loss_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of the comparison: what one would train in."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def loss_sides(shape: str, sizes: Sizes, device: torch.device) -> tuple[Side, Side]:
     """Return a tiny run that loads everything, and the real one."""
 
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=loss_dtype(device), requires_grad=True)
+
     def side(rows: int, vocab: int) -> Side:
-        hidden = torch.randn(rows, sizes.hidden, device=device, requires_grad=True)
-        weight = torch.randn(vocab, sizes.hidden, device=device, requires_grad=True)
+        hidden = leaf(rows, sizes.hidden)
+        weight = leaf(vocab, sizes.hidden)
         target = torch.randint(0, vocab, (rows,), device=device)
 
         def run() -> None:
@@ -362,7 +401,7 @@ def loss_sides(shape: str, sizes: Sizes, device: torch.device) -> tuple[Side, Si
 
         return run
 
-    return side(8, 64), side(sizes.sequence, sizes.vocab)
+    return side(8, 64), side(sizes.sequence * max(1, sizes.batch // 2), sizes.vocab)
 
 
 def _linear_loss(
@@ -372,5 +411,8 @@ def _linear_loss(
         return ml_kernels.linear_cross_entropy(hidden, weight, target)
     if shape == "full logits":
         return F.cross_entropy((hidden @ weight.T).float(), target)
-    options = torch.nn.LinearCrossEntropyOptions()
+    if shape == "Liger":
+        loss: torch.Tensor = _liger().liger_fused_linear_cross_entropy(hidden, weight, target)
+        return loss
+    options = torch.nn.LinearCrossEntropyOptions()  # torch 2.12
     return F.linear_cross_entropy(hidden, weight, target, options=options)

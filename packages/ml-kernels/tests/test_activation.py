@@ -60,6 +60,15 @@ def test_swiglu_takes_the_gate_from_the_first_half(device, backend, dtype, bias)
     )
 
 
+@pytest.mark.parametrize(("device", "backend"), runs("swiglu"))
+def test_a_bias_sums_more_rows_than_a_gpu_takes_at_a_time(device, backend):
+    assert_matches(
+        lambda *given: ml_kernels.swiglu(*given, backend=backend),
+        gated(silu),
+        given_inputs(48, torch.float32, device, True, 100000),
+    )
+
+
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)

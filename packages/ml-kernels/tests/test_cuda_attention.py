@@ -237,7 +237,7 @@ def test_packed_sequences_may_drop_weights():
 )
 def test_it_is_a_part_of_the_graph_of_a_model_that_is_compiled(monkeypatch, layout, options):
     monkeypatch.setattr(cuda, "compiled", COMPILED)
-    monkeypatch.setattr(cuda, "_has_triton", lambda: True)
+    monkeypatch.setattr(cuda, "has_triton", lambda: True)
     inputs = [to_layout(t, layout) for t in tensors(batch=1 if layout == "TND" else 2)]
     inputs = [t.detach() for t in inputs]
 
@@ -257,7 +257,7 @@ def test_dropout_with_sinks_is_refused():
 
 def test_without_triton_the_message_says_what_is_missing(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(cuda, "_has_triton", lambda: False)
+    monkeypatch.setattr(cuda, "has_triton", lambda: False)
     with pytest.raises(BackendUnavailableError, match="needs the package triton on CUDA"):
         cuda.compiled(flex.flex_attention)
 

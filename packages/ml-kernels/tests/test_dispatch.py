@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,9 @@ def test_reasons_are_given_for_known_operators_and_devices_only():
     assert {operator for operator, _ in WITHOUT} <= set(dispatch.operators())
 
 
+WITHOUT_TRITON = [t for t in IMPLEMENTATIONS.values() if t not in dispatch.OF_TRITON]
+"""Entries that can be imported here; `hatch run triton:test` imports the others."""
+
 # torch_npu is not here: an empty module stands in for it, since what is loaded only names it.
 ON_NPU = """
 import json, sys, types
@@ -63,7 +67,7 @@ with FakeTensorMode():
     x = torch.empty(3, 8, device="npu")
     out = ml_kernels.swiglu(x)
 print(json.dumps({
-    "loaded": {t: name(dispatch._load(t)) for t in dispatch.IMPLEMENTATIONS.values()},
+    "loaded": {t: name(dispatch._load(t)) for t in sys.argv[1:]},
     "picked": {o: name(dispatch.implementation(o, x)) for o in dispatch.operators()},
     "refused": {o: refusal(o) for o in dispatch.operators()},
     "calls": calls,
@@ -77,13 +81,14 @@ def on_npu():
     """What dispatch does with a tensor on a fake npu, found out in a process of its own."""
     if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
         pytest.skip("this torch has no backends written in Python")
-    done = subprocess.run([sys.executable, "-c", ON_NPU], capture_output=True, text=True)
+    command = [sys.executable, "-c", ON_NPU, *WITHOUT_TRITON]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def test_every_entry_of_the_table_names_a_function(on_npu):
-    assert on_npu["loaded"] == {target: target for target in IMPLEMENTATIONS.values()}
+    assert on_npu["loaded"] == {target: target for target in WITHOUT_TRITON}
 
 
 def test_a_tensor_on_an_npu_goes_to_the_npu_entry_of_every_operator(on_npu):
@@ -140,8 +145,7 @@ def test_a_missing_device_says_why(device):
 @pytest.fixture
 def _without_triton(monkeypatch):
     monkeypatch.setattr(dispatch, "why_unavailable", lambda _: None)
-    monkeypatch.setattr(dispatch, "find_spec", lambda _: None)
-    monkeypatch.setattr(dispatch, "_lacks", {})
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
 
 
 def on_cuda():
@@ -149,16 +153,23 @@ def on_cuda():
         return torch.empty(2, 4, device="cuda")
 
 
-COMPILED = [
+OF_TRITON = [
     operator
     for operator in dispatch.operators()
-    if IMPLEMENTATIONS.get((operator, "cuda"), "").startswith("ml_kernels.cuda.compiled:")
+    if IMPLEMENTATIONS.get((operator, "cuda")) in dispatch.OF_TRITON
 ]
 
 
+def test_what_imports_triton_is_known_to_need_it():
+    folder = Path(dispatch.__file__).parent / "cuda"
+    named = {target.partition(":")[0].rpartition(".")[2] for target in dispatch.OF_TRITON}
+    imports = {f.stem for f in folder.glob("*.py") if "cuda.kernels" in f.read_text()}
+    assert imports == named - {"softmax"}  # which torch compiles
+
+
 @pytest.mark.usefixtures("_without_triton")
-@pytest.mark.parametrize("operator", COMPILED)
-def test_what_is_compiled_needs_triton_where_it_is_named(operator):
+@pytest.mark.parametrize("operator", OF_TRITON)
+def test_what_is_of_triton_needs_it_where_it_is_named(operator):
     assert why_not(operator, "cuda") == "the package triton is not installed"
     refusal = f"{operator}: backend='cuda': the package triton is not installed"
     with pytest.raises(BackendUnavailableError, match=refusal):
@@ -173,17 +184,17 @@ def test_a_missing_package_is_shown(capsys):
     lines = capsys.readouterr().out.splitlines()
     cells = {line.split()[0]: line.split()[1:] for line in lines[1 : len(dispatch.operators()) + 1]}
     column = DEVICES.index("cuda")
-    assert [operator for operator in cells if cells[operator][column] == "no"] == COMPILED
-    for operator in COMPILED:
+    assert [operator for operator in cells if cells[operator][column] == "no"] == OF_TRITON
+    for operator in OF_TRITON:
         assert f"reference for {operator} on cuda: the package triton is not installed" in lines
 
 
 def test_with_triton_nothing_is_missing(monkeypatch):
     monkeypatch.setattr(dispatch, "why_unavailable", lambda _: None)
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: name)
-    monkeypatch.setattr(dispatch, "_lacks", {})
-    assert all(why_not(operator, "cuda") is None for operator in COMPILED)
-    assert implementation("swiglu", on_cuda()).__module__ == "ml_kernels.cuda.compiled"
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    assert all(why_not(operator, "cuda") is None for operator in OF_TRITON)
+    chosen = implementation("scaled_masked_softmax", on_cuda())
+    assert chosen.__module__ == "ml_kernels.cuda.softmax"
     assert why_not("moe_permute", "cuda") is None
 
 

@@ -73,6 +73,17 @@ def test_add_rms_norm_returns_the_norm_of_the_sum_and_the_sum(device, backend, d
     )
 
 
+@pytest.mark.parametrize(("device", "backend"), runs("add_rms_norm"))
+def test_more_rows_than_a_gpu_takes_at_a_time(device, backend):
+    inputs = [random(20000, 64, seed=s, device=device) for s in (0, 1)]
+    inputs += [random(64, seed=2, device=device)]
+    assert_matches(
+        lambda *given: ml_kernels.add_rms_norm(*given, eps=EPS, backend=backend),
+        lambda x, r, w: (rms_formula(False)(x + r, w), x + r),
+        inputs,
+    )
+
+
 @pytest.mark.parametrize("used", [0, 1])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_add_rms_norm_has_the_gradients_of_one_output_alone(backend, used):

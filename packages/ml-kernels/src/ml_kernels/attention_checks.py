@@ -26,7 +26,6 @@ def checked_call(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    *,
     layout: Layout,
     num_heads: int | None,
     causal: bool,

@@ -11,7 +11,7 @@ Shapes: `R` rows (tokens), `V` vocabulary of this rank, `H` hidden; statistics a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,6 +20,9 @@ from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+Step = Callable[..., None]
+"""A function like `losses_of`."""
 
 _CACHED_ELEMENTS = 1 << 19
 """Elements of a chunk that stays in a CPU's cache: 2 MiB in float32."""
@@ -52,8 +55,9 @@ def linear_cross_entropy(
     reduction: str,
     ignore_index: int,
     group: ProcessGroup | None,
+    step: Step | None = None,
 ) -> torch.Tensor:
-    """See `ml_kernels.linear_cross_entropy`.
+    """See `ml_kernels.linear_cross_entropy`; `step` is a device's own version of `losses_of`.
 
     A half-precision weight gradient is summed in float32 over the chunks, and takes four bytes a
     weight until backward: sums of bfloat16 over many chunks lose the small terms. It is divided by
@@ -72,6 +76,7 @@ def linear_cross_entropy(
         group,
         differentiated and hidden.requires_grad,
         differentiated and weight.requires_grad,
+        step or losses_of,
     )
     if reduction == "sum":
         return loss
@@ -183,6 +188,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         group: ProcessGroup | None,
         hidden_wanted: bool,
         weight_wanted: bool,
+        step: Step,
     ) -> torch.Tensor:
         """Return the sum of `factor` times the losses, and keep the gradients of that sum."""
         of_hidden = hidden.new_empty(hidden.shape if hidden_wanted else (0, 0))
@@ -196,7 +202,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             made = torch.mm(some, weight.t(), out=logits[: some.shape[0]])
             given = (t[rows] for t in (targets.here, targets.where, factor, losses))
             for few, here, where, by, loss in _chunks(part, made, *given):
-                _lose(few, here, where, by, loss, group, hidden_wanted or weight_wanted)
+                step(few, here, where, by, loss, group, hidden_wanted or weight_wanted)
             if hidden_wanted:
                 torch.mm(made, weight, out=of_hidden[rows])
             if weight_wanted:
@@ -216,7 +222,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scale(gradient, upstream).to(ctx.dtype) if wanted else None
             for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
         )  # fmt: skip
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None, None, None, None)
 
 
 def _linear_sizes(
@@ -233,7 +239,7 @@ def _linear_sizes(
     return size, size
 
 
-def _lose(
+def losses_of(
     logits: torch.Tensor,
     here: torch.Tensor,
     where: torch.Tensor,
@@ -242,7 +248,17 @@ def _lose(
     group: ProcessGroup | None,
     differentiated: bool,
 ) -> None:
-    """Write the losses of rows of logits, and their gradient times `factor` over the logits."""
+    """Write the losses of rows of logits, and their gradient times `factor` over the logits.
+
+    Args:
+        logits: `(R, V)`, contiguous; written over if `differentiated`.
+        here: `(R, 1)` bool, whether the target is one of these columns.
+        where: `(R, 1)` int64, the targets in `[0, V)`, 0 where they are not here.
+        factor: `(R, 1)` float32, or float64 for float64 logits.
+        loss: `(R, 1)` like `factor`, written.
+        group: The ranks over which the vocabulary is cut.
+        differentiated: Whether the gradient is wanted.
+    """
     wide = logits.to(factor.dtype)
     highest = _maximum(wide, wide.dtype)
     likelihood = wide.gather(1, where).masked_fill_(~here, 0)
@@ -261,6 +277,9 @@ def _accumulate(total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tenso
     """Add `gradient.T @ hidden` to the float32 total, in blocks where it is made in half."""
     if total.dtype == gradient.dtype:
         total.addmm_(gradient.t(), hidden)
+        return
+    if gradient.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # torch 2.8
+        torch.addmm(total, gradient.t(), hidden, out_dtype=total.dtype, out=total)
         return
     size = _rows(_BLOCK_ELEMENTS, hidden.shape[1])
     blocks = torch.split(gradient, size, dim=1)

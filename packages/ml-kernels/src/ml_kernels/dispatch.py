@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -31,7 +32,7 @@ IMPLEMENTATIONS: dict[tuple[str, str], str] = {
     ("adamw", "npu"): "ml_kernels.fused:adamw",
     ("adamw", "reference"): "ml_kernels.optimizer:adamw_reference",
     ("add_rms_norm", "cpu"): "ml_kernels.cpu.norm:add_rms_norm",
-    ("add_rms_norm", "cuda"): "ml_kernels.cuda.compiled:add_rms_norm",
+    ("add_rms_norm", "cuda"): "ml_kernels.cuda.norm:add_rms_norm",
     ("add_rms_norm", "npu"): "ml_kernels.npu.norm:add_rms_norm",
     ("add_rms_norm", "reference"): "ml_kernels.norm:add_rms_norm_reference",
     ("all_gather_matmul", "cpu"): "ml_kernels.overlapped:all_gather_matmul",
@@ -39,7 +40,7 @@ IMPLEMENTATIONS: dict[tuple[str, str], str] = {
     ("all_gather_matmul", "npu"): "ml_kernels.npu.collective_matmul:all_gather_matmul",
     ("all_gather_matmul", "reference"): "ml_kernels.collective_matmul:all_gather_matmul_reference",
     ("cross_entropy", "cpu"): "ml_kernels.cpu.loss:cross_entropy",
-    ("cross_entropy", "cuda"): "ml_kernels.cuda.compiled:cross_entropy",
+    ("cross_entropy", "cuda"): "ml_kernels.cuda.loss:cross_entropy",
     ("cross_entropy", "npu"): "ml_kernels.npu.loss:cross_entropy",
     ("cross_entropy", "reference"): "ml_kernels.loss:cross_entropy_reference",
     ("flash_attention", "cpu"): "ml_kernels.cpu.attention:flash_attention",
@@ -54,11 +55,11 @@ IMPLEMENTATIONS: dict[tuple[str, str], str] = {
         "reference",
     ): "ml_kernels.attention_backward:attention_backward_reference",
     ("geglu", "cpu"): "ml_kernels.cpu.activation:geglu",
-    ("geglu", "cuda"): "ml_kernels.cuda.compiled:geglu",
+    ("geglu", "cuda"): "ml_kernels.cuda.activation:geglu",
     ("geglu", "npu"): "ml_kernels.npu.activation:geglu",
     ("geglu", "reference"): "ml_kernels.activation:geglu_reference",
     ("gelu", "cpu"): "ml_kernels.fused:gelu",
-    ("gelu", "cuda"): "ml_kernels.cuda.compiled:gelu",
+    ("gelu", "cuda"): "ml_kernels.cuda.activation:gelu",
     ("gelu", "npu"): "ml_kernels.fused:gelu",
     ("gelu", "reference"): "ml_kernels.activation:gelu_reference",
     ("grouped_matmul", "cpu"): "ml_kernels.cpu.moe:grouped_matmul",
@@ -66,7 +67,7 @@ IMPLEMENTATIONS: dict[tuple[str, str], str] = {
     ("grouped_matmul", "npu"): "ml_kernels.npu.moe:grouped_matmul",
     ("grouped_matmul", "reference"): "ml_kernels.moe:grouped_matmul_reference",
     ("layer_norm", "cpu"): "ml_kernels.fused:layer_norm",
-    ("layer_norm", "cuda"): "ml_kernels.fused:layer_norm",
+    ("layer_norm", "cuda"): "ml_kernels.cuda.norm:layer_norm",
     ("layer_norm", "npu"): "ml_kernels.fused:layer_norm",
     ("layer_norm", "reference"): "ml_kernels.norm:layer_norm_reference",
     ("linear", "cpu"): "ml_kernels.cpu.linear:linear",
@@ -74,7 +75,7 @@ IMPLEMENTATIONS: dict[tuple[str, str], str] = {
     ("linear", "npu"): "ml_kernels.fused:linear",
     ("linear", "reference"): "ml_kernels.linear_layer:linear_reference",
     ("linear_cross_entropy", "cpu"): "ml_kernels.chunked_loss:linear_cross_entropy",
-    ("linear_cross_entropy", "cuda"): "ml_kernels.chunked_loss:linear_cross_entropy",
+    ("linear_cross_entropy", "cuda"): "ml_kernels.cuda.linear_loss:linear_cross_entropy",
     ("linear_cross_entropy", "npu"): "ml_kernels.chunked_loss:linear_cross_entropy",
     ("linear_cross_entropy", "reference"): "ml_kernels.loss:linear_cross_entropy_reference",
     ("matmul_all_reduce", "cpu"): "ml_kernels.overlapped:matmul_all_reduce",
@@ -95,18 +96,18 @@ IMPLEMENTATIONS: dict[tuple[str, str], str] = {
     ("moe_unpermute", "npu"): "ml_kernels.npu.moe:moe_unpermute",
     ("moe_unpermute", "reference"): "ml_kernels.moe:moe_unpermute_reference",
     ("rms_norm", "cpu"): "ml_kernels.cpu.norm:rms_norm",
-    ("rms_norm", "cuda"): "ml_kernels.cuda.compiled:rms_norm",
+    ("rms_norm", "cuda"): "ml_kernels.cuda.norm:rms_norm",
     ("rms_norm", "npu"): "ml_kernels.npu.norm:rms_norm",
     ("rms_norm", "reference"): "ml_kernels.norm:rms_norm_reference",
     ("rotary_embedding", "cpu"): "ml_kernels.cpu.rotary:rotary_embedding",
-    ("rotary_embedding", "cuda"): "ml_kernels.cuda.compiled:rotary_embedding",
+    ("rotary_embedding", "cuda"): "ml_kernels.cuda.rotary:rotary_embedding",
     ("rotary_embedding", "npu"): "ml_kernels.npu.rotary:rotary_embedding",
     ("rotary_embedding", "reference"): "ml_kernels.rotary:rotary_embedding_reference",
-    ("scaled_masked_softmax", "cuda"): "ml_kernels.cuda.compiled:scaled_masked_softmax",
+    ("scaled_masked_softmax", "cuda"): "ml_kernels.cuda.softmax:scaled_masked_softmax",
     ("scaled_masked_softmax", "npu"): "ml_kernels.npu.softmax:scaled_masked_softmax",
     ("scaled_masked_softmax", "reference"): "ml_kernels.softmax:scaled_masked_softmax_reference",
     ("swiglu", "cpu"): "ml_kernels.cpu.activation:swiglu",
-    ("swiglu", "cuda"): "ml_kernels.cuda.compiled:swiglu",
+    ("swiglu", "cuda"): "ml_kernels.cuda.activation:swiglu",
     ("swiglu", "npu"): "ml_kernels.npu.activation:swiglu",
     ("swiglu", "reference"): "ml_kernels.activation:swiglu_reference",
     ("topk_gating", "npu"): "ml_kernels.npu.moe:topk_gating",
@@ -122,8 +123,11 @@ WITHOUT: dict[tuple[str, str], str] = {
 }
 """Why a device goes through the reference, where it has no implementation of its own."""
 
-_PACKAGES: dict[str, str] = {"ml_kernels.cuda.compiled": "triton"}
-"""What a module needs besides its device. Attention asks for Triton itself, where it needs it."""
+_MODULES_OF_TRITON = tuple(
+    f"ml_kernels.cuda.{module}:" for module in ("activation", "loss", "norm", "rotary", "softmax")
+)
+OF_TRITON = frozenset(t for t in IMPLEMENTATIONS.values() if t.startswith(_MODULES_OF_TRITON))
+"""Implementations that need the package triton. Others of CUDA ask for it where they need it."""
 
 
 class _Slot:
@@ -134,7 +138,6 @@ class _Slot:
 
 # Not one dict that grows: torch.compile would see it as it was when a graph's first operator did.
 _slots: dict[str, _Slot] = {target: _Slot() for target in IMPLEMENTATIONS.values()}
-_lacks: dict[str, str | None] = {}
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -166,13 +169,21 @@ def _import(target: str) -> None:
 
 
 @constant
+def has_triton() -> bool:
+    """Say whether the package triton is installed, to which torch compiles for a GPU."""
+    return _is_installed("triton")
+
+
+@cache
+def _is_installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
 def _lack(target: str) -> str | None:
     """Say which package an implementation lacks, None if it has all."""
-    if target not in _lacks:
-        package = _PACKAGES.get(target.partition(":")[0])
-        missing = package is not None and find_spec(package) is None
-        _lacks[target] = f"the package {package} is not installed" if missing else None
-    return _lacks[target]
+    if target in OF_TRITON and not has_triton():
+        return "the package triton is not installed"
+    return None
 
 
 def operators() -> list[str]:

@@ -1,0 +1,1 @@
+"""Kernels in Triton's language. Its functions have no types: only constants, in capitals, have."""
