@@ -6,7 +6,15 @@ import zlib
 
 import pytest
 
-from ml_convert.checksum import Piece, combine, crc_of_pieces
+from ml_convert.checksum import Piece, combine, crc32, crc_of_pieces
+
+
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 4096, 100_001])
+def test_checksums_are_those_of_zlib(length):
+    content = random.Random(length).randbytes(length)
+    assert crc32(content) == zlib.crc32(content)
+    half = length // 2
+    assert crc32(memoryview(content)[half:], crc32(content[:half])) == zlib.crc32(content)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -115,6 +115,23 @@ def test_help_answers_quickly_and_imports_nothing_heavy():
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.8
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed by Linux")
+@pytest.mark.parametrize("given", [None, "2"])
+def test_numpy_starts_threads_only_if_told_to(tmp_path, make_hf, given):
+    code = (
+        "import os, sys; from ml_convert.cli import main; code = main(sys.argv[1:]);"
+        "threads = len(os.listdir('/proc/self/task'));"
+        "print(code, 'numpy' in sys.modules, threads, os.environ.get('OPENBLAS_NUM_THREADS'))"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
+    environment |= {} if given is None else {"OPENBLAS_NUM_THREADS": given}
+    command = [sys.executable, "-c", code, *words(make_hf(), tmp_path, "--dry-run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    *_, code, has_numpy, threads, variable = done.stdout.split()
+    assert (code, has_numpy, variable) == ("0", "True", str(given))
+    assert given or threads == "1"
+
+
 def test_importing_the_package_loads_nothing():
     code = "import sys, ml_convert; print(sorted(m for m in sys.modules if m.startswith('ml_')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -94,10 +94,22 @@ def test_columns_are_written_to_their_tensors(tmp_path):
         files.create(tmp_path / "target", 200)
         band = Band("w", 2, 3, 6)
         places = overlapping(target.layout.rectangles["w"], band)
-        written = list(scatter(target, band, places, WORDS[2:5].view(np.uint8), files))
-        assert [(tensor, offset) for tensor, offset, _ in written] == [(0, 8), (1, 16)]
+        written = scatter(target, band, places, WORDS[2:5].view(np.uint8), files, Buffers())
+        found = [(tensor, offset, part.tolist()) for tensor, offset, part in written]
+        assert found == [(0, 8, WORDS[2:5, :2].tolist()), (1, 16, WORDS[2:5, 2:].tolist())]
         back = gather(target, band, files, Buffers())
     np.testing.assert_array_equal(back.view(np.uint16), WORDS[2:5])
+
+
+def test_parts_of_rows_are_put_together_in_the_same_memory(tmp_path):
+    target, buffers, band = columns(tmp_path / "target"), Buffers(), Band("w", 0, 8, 6)
+    places = [*overlapping(target.layout.rectangles["w"], band)][1:]
+    with Files() as files:
+        files.create(tmp_path / "target", 200)
+        ((_, _, first),) = scatter(target, band, places, WORDS.view(np.uint8), files, buffers)
+        ((_, _, second),) = scatter(target, band, places, WORDS.view(np.uint8), files, buffers)
+    assert np.shares_memory(first, second)
+    assert not np.shares_memory(first, WORDS)
 
 
 @pytest.mark.parametrize("workers", [1, 3])

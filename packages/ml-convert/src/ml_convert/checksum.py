@@ -7,10 +7,11 @@ be read again.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
+
+from zlib_ng import zlib_ng
 
 _POLYNOMIAL = 0xEDB88320
 _ONE = 1 << 31  # the polynomial 1; coefficients are stored in reversed order
@@ -23,6 +24,14 @@ class Piece(NamedTuple):
     offset: int
     length: int
     crc: int
+
+
+def crc32(content: bytes | memoryview, start: int = 0) -> int:
+    """Return the CRC-32 of what came before, which is `start`, and this content.
+
+    zlib-ng takes an eighth of the time of the zlib that most Pythons are built with.
+    """
+    return zlib_ng.crc32(content, start)
 
 
 def crc_of_pieces(pieces: Iterable[Piece], length: int) -> int:
@@ -71,6 +80,6 @@ def _shift(length: int) -> int:
 def _crc_of_zeros(length: int) -> int:
     crc = 0
     while length > 0:
-        crc = zlib.crc32(_ZEROS[:length], crc)
+        crc = crc32(_ZEROS[:length], crc)
         length -= len(_ZEROS)
     return crc

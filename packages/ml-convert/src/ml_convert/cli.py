@@ -33,6 +33,7 @@ def _run(argv: Sequence[str]) -> int:
     from ml_models import flags
 
     request = flags.parse(Request, _in_our_words(argv), prog=PROG, description=DESCRIPTION)
+    _import_numpy()
     from ml_convert.conversion import convert
     from ml_convert.errors import VerificationError
 
@@ -45,6 +46,24 @@ def _run(argv: Sequence[str]) -> int:
         return 1
     _print(report, request)
     return 0
+
+
+def _import_numpy() -> None:
+    """Import NumPy, but not the threads that its OpenBLAS starts for all cores, waiting in a loop.
+
+    Work is on threads of our own. Another OpenBLAS, such as that of torch, may still start some.
+    """
+    import os
+    from importlib import import_module
+
+    variable = "OPENBLAS_NUM_THREADS"
+    if variable in os.environ:
+        return
+    os.environ[variable] = "1"
+    try:
+        import_module("numpy")
+    finally:
+        del os.environ[variable]
 
 
 def _in_our_words(argv: Sequence[str]) -> Sequence[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import zlib
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -14,13 +13,13 @@ import numpy as np
 
 from ml_convert import regions
 from ml_convert.casting import cast, rounded
-from ml_convert.checksum import Piece
+from ml_convert.checksum import Piece, crc32
 from ml_convert.errors import ConversionError
 from ml_convert.files import Buffers, Files, for_each
 from ml_convert.layout import Rectangle, Steps, steps
 from ml_convert.plan import PARAMETERS_AT_ONCE, Band, Checkpoint, Overlap, Plan, overlapping
 from ml_convert.regions import Region
-from ml_convert.tensor import Dtype
+from ml_convert.tensor import Dtype, Extent
 
 _GROWTH = 32 << 20  # bytes: in much smaller steps, threads would get in each other's way
 Advance = Callable[[int], None]
@@ -98,12 +97,12 @@ def copy(
                 changed = rounded(data, converted, *_dtypes(plan, band))
                 with lock:
                     copied.rounded += changed
-            for tensor, offset, part in scatter(plan.target, band, places, converted, files):
-                if not checksums:
-                    continue
-                piece = None if part is None else Piece(offset, part.nbytes, zlib.crc32(part.data))
-                with lock:  # bands of one tensor may be on several threads
-                    written[tensor].add(piece)
+            parts = scatter(plan.target, band, places, converted, files, buffers)
+            for tensor, offset, part in parts:
+                if checksums:
+                    piece = None if part is None else Piece(offset, part.nbytes, crc32(part.data))
+                    with lock:  # bands of one tensor may be on several threads
+                        written[tensor].add(piece)
         advance(band.rows * band.columns * plan.source.dtypes[band.parameter].itemsize)
         complete, prefixes = remaining.without(places)
         jobs: list[Callable[[], None]] = [partial(finished, file, written) for file in complete]
@@ -246,28 +245,47 @@ def check_copies(
 
 
 def scatter(
-    checkpoint: Checkpoint, band: Band, places: Iterable[Overlap], data: np.ndarray, files: Files
+    checkpoint: Checkpoint,
+    band: Band,
+    places: Iterable[Overlap],
+    data: np.ndarray,
+    files: Files,
+    buffers: Buffers,
 ) -> Iterator[tuple[int, int, np.ndarray | None]]:
     """Write a band to these places, which hold parts of it.
 
     Yields:
-        Stored tensor, offset in it in bytes, and what was written there: None if it was not one
-        run of bytes.
+        Stored tensor, offset in it in bytes, and what was written there, valid until the next one
+        is asked for: None if it was not one run of bytes.
     """
     strided: dict[int, list[Region]] = {}
     for found in places:
         tensor = found.rectangle.tensor
-        region = _region(checkpoint, band, found, data)
+        extent = checkpoint.extents[tensor]
+        region = _region(extent, band, found, data)
         if not region.is_run:
             strided.setdefault(tensor, []).append(region)
             continue
-        extent, part = checkpoint.extents[tensor], np.ascontiguousarray(region.words)
+        part = _joined(region.words, buffers)
         offset = region.steps.first * part.itemsize
         files.write(extent.path, extent.offset + offset, part)
         yield tensor, offset, part
     for tensor, parts in strided.items():
         regions.write(checkpoint.extents[tensor], parts, files)
         yield tensor, 0, None
+
+
+def _joined(words: np.ndarray, buffers: Buffers) -> np.ndarray:
+    """Return the same elements without gaps between the rows.
+
+    In a buffer that is there already: the system clears new memory, which takes longer than this.
+    """
+    if words.flags.c_contiguous:
+        return words
+    joined = buffers.take("joined", words.shape[0], words.shape[1] * words.itemsize)
+    joined = joined.view(words.dtype)
+    joined[...] = words
+    return joined
 
 
 def converted_to(target: Dtype, data: np.ndarray, plan: Plan, band: Band) -> np.ndarray:
@@ -294,7 +312,7 @@ def _read(
     strided: dict[int, list[Region]] = {}
     for found in overlapping(rectangles, band):
         extent = checkpoint.extents[found.rectangle.tensor]
-        region = _region(checkpoint, band, found, data)
+        region = _region(extent, band, found, data)
         if not region.is_run:
             strided.setdefault(found.rectangle.tensor, []).append(region)
             continue
@@ -309,9 +327,8 @@ def _read(
         regions.read(checkpoint.extents[tensor], parts, files)
 
 
-def _region(checkpoint: Checkpoint, band: Band, found: Overlap, data: np.ndarray) -> Region:
+def _region(extent: Extent, band: Band, found: Overlap, data: np.ndarray) -> Region:
     """Locate what a rectangle and a band have in common, in the band and in the file."""
-    extent = checkpoint.extents[found.rectangle.tensor]
     words = data.view(f"u{extent.dtype.itemsize}")
     row, column = found.row - band.row, found.column - band.column
     return Region(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import mmap
 import threading
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ml_convert import padding
-from ml_convert.checksum import crc_of_pieces
+from ml_convert.checksum import crc32, crc_of_pieces
 from ml_convert.execute import Written
 from ml_convert.files import Files
 from ml_convert.plan import Plan
@@ -140,5 +139,5 @@ def _crc_of_extent(extent: Extent, files: Files) -> int:
     for offset in range(0, extent.nbytes, _BLOCK):
         part = block[: min(_BLOCK, extent.nbytes - offset)]
         files.read(extent.path, extent.offset + offset, part)
-        crc = zlib.crc32(part.data, crc)
+        crc = crc32(part.data, crc)
     return crc
