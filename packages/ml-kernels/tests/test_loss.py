@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from gloo_ranks import run_ranks
-from oracle import runs
+from oracle import random, runs
 from torch.nn import functional as F
 
 import ml_kernels
@@ -308,3 +308,12 @@ def test_the_reference_is_torchs():
     logits, target = draw(5, 11), draw_target(5, classes=11)
     expected = F.cross_entropy(logits, target, reduction="none")
     assert torch.equal(cross_entropy_reference(logits, target, -100, None), expected)
+
+
+@pytest.mark.parametrize(("device", "backend"), RUNS)
+def test_losses_may_be_changed_in_place(device, backend):
+    logits = random(4, 13, device=device)
+    losses = ml_kernels.cross_entropy(logits, torch.arange(4, device=device), backend=backend)
+    (found,) = torch.autograd.grad(losses.mul_(2).sum(), logits)
+    again = ml_kernels.cross_entropy(logits, torch.arange(4, device=device), backend=backend)
+    assert torch.equal(found, torch.autograd.grad(2 * again.sum(), logits)[0])

@@ -157,7 +157,8 @@ class _CrossEntropy(torch.autograd.Function):
         highest, total, likelihood = _over(group, highest, total, likelihood)
         ctx.save_for_backward(logits, *targets, highest, total)
         # m - x[target] first: log(t) would be lost beside large logits.
-        return (highest - likelihood + total.log()).masked_fill(~targets.kept, 0)[:, 0]
+        loss = (highest - likelihood + total.log())[:, 0]
+        return loss.masked_fill(~targets.kept[:, 0], 0)  # no view: it may be changed in place
 
     @staticmethod
     @once_differentiable

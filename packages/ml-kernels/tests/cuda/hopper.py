@@ -1,14 +1,13 @@
 """A stand-in for NVIDIA's driver: kernels are compiled for an H100 and started nowhere.
 
 Run as a program it calls every operator that has a Triton kernel, forward and backward, in each
-dtype, and prints, for each kernel and dtype, how wide the machine reads and writes.
+dtype, and prints how many bits at a time each kernel made reads and writes at most.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections import defaultdict
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -70,24 +69,24 @@ def operators(dtype):
 
 def main():
     driver.set_active(Hopper())
-    widest = defaultdict(lambda: {"ld": 0, "st": 0})
+    rows = set()
     run = JITFunction.run
 
     def recorded(self, *args, **kwargs):
         kernel = run(self, *args, **kwargs)
         assert kernel.asm["cubin"]
+        widest = {"ld": 0, "st": 0}
         for way, vector, bits in WIDTH.findall(kernel.asm["ptx"]):
-            found = widest[f"{self.__module__.rpartition('.')[2]}.{self.__name__}", dtype]
-            found[way] = max(found[way], int(vector or 1) * int(bits))
+            widest[way] = max(widest[way], int(vector or 1) * int(bits))
+        name = f"{self.__module__.rpartition('.')[2]}.{self.__name__}"
+        rows.add((name, str(dtype).removeprefix("torch."), *widest.values()))
         return kernel
 
     JITFunction.run = recorded
     for dtype in (torch.bfloat16, torch.float32):
         for out in operators(dtype):
             out.backward(torch.empty_like(out))
-    for (name, dtype), found in sorted(widest.items(), key=str):
-        row = name, str(dtype).removeprefix("torch."), found["ld"], found["st"]
-        sys.stdout.write(" ".join(map(str, row)) + "\n")
+    sys.stdout.writelines(" ".join(map(str, row)) + "\n" for row in sorted(rows))
 
 
 if __name__ == "__main__":

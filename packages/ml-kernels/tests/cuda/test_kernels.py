@@ -8,10 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import ROUNDING, assert_matches, assert_near, random, with_gradients
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from ml_kernels import chunked_loss, dispatch
-from ml_kernels.cuda import activation, linear_loss, norm
+from ml_kernels.cuda import activation, linear_loss, loss, norm, rotary
 from ml_kernels.cuda.loss import cross_entropy
 from ml_kernels.cuda.rotary import rotary_embedding
 from ml_kernels.rotary import rotary_embedding_reference
@@ -84,7 +85,8 @@ def test_activations(dtype, bias, kind, gated, width):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("width", [16, 6])
 @pytest.mark.parametrize("shared", [(5, 1, 1), (1, 2, 1), (5, 2, 3), (1, 1, 1)])
-def test_rotary_embedding(dtype, interleaved, width, shared):
+def test_rotary_embedding(dtype, interleaved, width, shared, monkeypatch):
+    monkeypatch.setattr(rotary, "_NUMBERS", 16)  # two heads or fewer at a time
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     half = random(*shared, width // 2, seed=3, dtype=wide).detach() * 9
     angles = half.repeat_interleave(2, -1) if interleaved else torch.cat((half, half), -1)
@@ -100,18 +102,22 @@ def test_rotary_embedding(dtype, interleaved, width, shared):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [11, 5000])
-def test_cross_entropy(dtype, width):
+@pytest.mark.parametrize(("width", "at_a_time"), [(11, 8192), (300, 64), (5000, 2048)])
+@pytest.mark.parametrize("order", [1, -1])
+def test_cross_entropy(dtype, width, at_a_time, order, monkeypatch):
+    monkeypatch.setattr(loss, "_COLUMNS", at_a_time)
     target = torch.tensor([3, -100, 0, width - 1, 7, 7])
     assert_matches(
-        lambda x: cross_entropy(x, target, -100, None),
+        lambda x: loss.cross_entropy(x, target, -100, None),
         lambda x: F.cross_entropy(x, target, reduction="none"),
-        [random(6, width, dtype=dtype)],
+        # The maximum is found early, or anew in each block of columns.
+        [(order * random(6, width, dtype=dtype).detach().sort().values).requires_grad_()],
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_cross_entropy(dtype, monkeypatch):
+    monkeypatch.setattr(loss, "_COLUMNS", 16)
     monkeypatch.setattr(chunked_loss, "_CHUNK_ELEMENTS", 3 * 37)
     monkeypatch.setattr(chunked_loss, "_CACHED_ELEMENTS", 3 * 37)
     target = torch.tensor([3, -100, 0, 36, 7, 7, 1, 2])
@@ -164,6 +170,7 @@ def test_nothing_is_computed_of_nothing(width):
 
 def test_rows_too_wide_for_a_program_are_compiled_by_torch(monkeypatch):
     monkeypatch.setattr(norm, "_WIDEST", 8)
+    monkeypatch.setattr(norm, "_WIDEST_CENTRED", 8)
     made = []
     monkeypatch.setattr(norm.graphs, "compiled", lambda f, **_: made.append(f) or f)
     x, weight = random(3, 9), random(9, seed=1)
@@ -180,3 +187,62 @@ def test_rows_too_wide_for_a_program_are_compiled_by_torch(monkeypatch):
 def test_every_entry_of_the_table_for_cuda_names_a_function():
     targets = [t for (_, device), t in dispatch.IMPLEMENTATIONS.items() if device == "cuda"]
     assert all(callable(dispatch._load(target)) for target in targets)
+
+
+def all_of_them(x, weight, residual, target):
+    """Yield every output of a kernel from a leaf `x` `(R, H)`, by name."""
+    angles = torch.zeros(x.shape[0], 1, 1, x.shape[1])
+    yield "rms_norm", norm.rms_norm(x, weight, EPS, False)
+    out, total = norm.add_rms_norm(x, residual, weight, EPS, False)
+    yield from (("add_rms_norm", out), ("total", total * 1))
+    yield "layer_norm", norm.layer_norm(x, weight, None, EPS)
+    yield "swiglu", activation.swiglu(x, None)
+    yield "gelu", activation.gelu(x, weight, "tanh")
+    yield "rotary_embedding", rotary_embedding(x[:, None, None], angles, False, 1.0)
+    yield "cross_entropy", cross_entropy(x, target, -100, None)
+
+
+def test_results_may_be_changed_in_place():
+    x, weight, residual = random(4, 16), random(16, seed=1), random(4, 16, seed=2)
+    given = (x, weight, residual, torch.arange(4))
+    for (name, out), (_, again) in zip(all_of_them(*given), all_of_them(*given), strict=True):
+        (expected,) = torch.autograd.grad(2 * again.sum(), x)
+        (found,) = torch.autograd.grad(out.mul_(2).sum(), x)
+        assert torch.equal(found, expected), name
+
+
+def test_copies_of_what_has_gaps_are_not_kept_for_backward():
+    whole = random(64, 3 * 32)
+    x, weight, residual = whole[:, 32:64], random(32, seed=1), whole[:, :32]
+    given = {t.untyped_storage().data_ptr() for t in (whole, weight)}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        outputs = dict(all_of_them(x, weight, residual, torch.arange(64) % 32))
+    given |= {t.untyped_storage().data_ptr() for t in outputs.values()}
+    large = [t for t in kept if t.numel() >= x.numel() and t.is_floating_point()]
+    copies = [t for t in large if t.untyped_storage().data_ptr() not in given]
+    # The sum of add_rms_norm, which is a result, and the angles.
+    assert sorted(t.shape for t in copies) == [(64, 1, 1, 32), (64, 32)]
+
+
+def test_fake_tensors_reach_no_kernel(monkeypatch):
+    def no_kernel(*_):
+        raise AssertionError("a kernel was started without memory")
+
+    for module in (norm, activation, rotary, loss):
+        monkeypatch.setattr(module.launch, "on", no_kernel)
+    with FakeTensorMode():
+        x, weight = torch.ones(4, 16, requires_grad=True), torch.ones(16)
+        shapes = [o.shape for _, o in all_of_them(x, weight, x, torch.ones(4).long())]
+    assert shapes[:4] == [(4, 16)] * 4
+
+
+def test_a_few_channels_of_wide_heads_are_rotated():
+    x, angles = random(1, 1, 70, 2048), random(1, 1, 1, 1, seed=1).detach().expand(1, 1, 1, 2)
+    found = rotary_embedding(x, angles, False, 1.0)
+    assert_near([found], [rotary_embedding_reference(x, angles, False, 1.0)])
+
+
+def test_a_number_alone_is_no_row():
+    x, bias = torch.tensor(0.3), torch.tensor(0.2)
+    assert_near([activation.gelu(x, bias, "none")], [F.gelu(x + bias)])

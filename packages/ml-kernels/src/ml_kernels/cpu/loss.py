@@ -59,7 +59,7 @@ class _CrossEntropy(torch.autograd.Function):
         for some, wanted, out in _chunks(logits, target, loss, columns=logits.shape[1]):
             likelihood = torch.log_softmax(some, dim=-1, dtype=dtype)
             torch.neg(likelihood.gather(1, wanted), out=out)
-        return loss.masked_fill_(ignored, 0)[:, 0]
+        return loss[:, 0].masked_fill(ignored[:, 0], 0)  # no view: it may be changed in place
 
     @staticmethod
     @once_differentiable

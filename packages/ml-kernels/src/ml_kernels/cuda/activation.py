@@ -32,28 +32,23 @@ Kind = Literal["silu", "tanh", "none"]
 
 def swiglu(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """See `ml_kernels.swiglu`."""
-    if _is_left_to_torch(x):
+    if launch.is_left_to_torch(x):
         return swiglu_reference(x, bias)
     return _activate(x, bias, "silu", gated=True)
 
 
 def geglu(x: torch.Tensor, bias: torch.Tensor | None, approximate: Approximation) -> torch.Tensor:
     """See `ml_kernels.geglu`."""
-    if _is_left_to_torch(x):
+    if launch.is_left_to_torch(x):
         return geglu_reference(x, bias, approximate)
     return _activate(x, bias, approximate, gated=True)
 
 
 def gelu(x: torch.Tensor, bias: torch.Tensor | None, approximate: Approximation) -> torch.Tensor:
     """See `ml_kernels.gelu`; without a bias torch's own kernel is one already."""
-    if bias is None or _is_left_to_torch(x):
+    if bias is None or not x.dim() or launch.is_left_to_torch(x):
         return gelu_reference(x, bias, approximate)
     return _activate(x, bias, approximate, gated=False)
-
-
-def _is_left_to_torch(x: torch.Tensor) -> bool:
-    """Say whether there is nothing to do, or torch makes one graph of this and its caller."""
-    return torch.compiler.is_compiling() or not x.numel()
 
 
 def _activate(
@@ -69,41 +64,41 @@ class _Activation(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, kind: Kind, gated: bool
     ) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        bias = None if bias is None else bias.contiguous()
         width = x.shape[-1] // 2 if gated else x.shape[-1]
-        out = rows.new_empty(rows.shape[0], width)
+        out = x.new_empty(*x.shape[:-1], width)
         tile, blocks = _tile(width)
         with launch.on(x):
             kernels.forward[(launch.parts(rows.shape[0], tile.rows) * blocks,)](
-                *(rows, bias, out, *out.shape, blocks, kind, gated),
+                *(rows, None if bias is None else bias.contiguous(), out),
+                *(rows.shape[0], width, blocks, kind, gated),
                 *(tile.rows, tile.columns, launch.wide(x.dtype)),
                 num_warps=tile.warps,
             )
-        ctx.save_for_backward(rows, bias)
-        ctx.kind, ctx.gated, ctx.shape = kind, gated, x.shape
-        return out.view(*x.shape[:-1], width)
+        ctx.save_for_backward(x, bias)
+        ctx.kind, ctx.gated = kind, gated
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, bias = ctx.saved_tensors
-        width = gradient.shape[-1]
+        rows, width = x.reshape(-1, x.shape[-1]).contiguous(), gradient.shape[-1]
         tile, blocks = _tile(width)
-        size = launch.parts(x.shape[0], tile.rows)
-        of_x, parts = torch.empty_like(x), None
+        size = launch.parts(rows.shape[0], tile.rows)
+        of_x, parts = x.new_empty(x.shape), None
         if bias is not None:
             size = launch.parts(launch.programs(x.device, size * blocks, tile.warps), blocks)
             wide = torch.promote_types(x.dtype, torch.float32)
-            parts = x.new_empty(size, x.shape[1], dtype=wide)
+            parts = x.new_empty(size, rows.shape[1], dtype=wide)
         with launch.on(x):
             kernels.backward[(size * blocks,)](
-                *(gradient.reshape(-1, width).contiguous(), x, bias, of_x, parts),
-                *(x.shape[0], width, size, blocks, ctx.kind, ctx.gated),
+                *(gradient.contiguous(), rows, None if bias is None else bias.contiguous()),
+                *(of_x, parts, rows.shape[0], width, size, blocks, ctx.kind, ctx.gated),
                 *(tile.rows, tile.columns, launch.wide(x.dtype)),
                 num_warps=tile.warps,
             )
         of_bias = None if parts is None else launch.sum_of_parts(parts, bias)
-        return of_x.view(ctx.shape), of_bias, None, None
+        return of_x, of_bias, None, None
 
 
 def _tile(width: int) -> tuple[launch.Tile, int]:

@@ -11,6 +11,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from triton import language as tl
 
 
@@ -47,7 +48,7 @@ def parts(size: int, each: int) -> int:
 
 
 def programs(device: torch.device, tiles: int, warps: int) -> int:
-    """Return how many programs of so many warps share the tiles: as many as run at a time."""
+    """Return how many programs of so many warps share the tiles: about as many as fit at a time."""
     return max(1, min(tiles, max(2, 16 // warps) * _multiprocessors(device)))
 
 
@@ -56,6 +57,15 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":  # Triton's interpreter
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def is_left_to_torch(x: torch.Tensor) -> bool:
+    """Say whether the formula runs instead of kernels.
+
+    It does where there is nothing to compute, where torch compiles the caller and makes one graph
+    of both, and for fake tensors, which have no memory.
+    """
+    return torch.compiler.is_compiling() or not x.numel() or isinstance(x, FakeTensor)
 
 
 def on(tensor: torch.Tensor) -> AbstractContextManager[object]:

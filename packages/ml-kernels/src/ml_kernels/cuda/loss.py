@@ -34,11 +34,10 @@ def cross_entropy(
     """See `ml_kernels.cross_entropy`."""
     if group is not None:  # the ranks meet between the statistics and the loss
         return chunked_loss.cross_entropy(logits, target, ignore_index, group)
-    if torch.compiler.is_compiling() or not logits.numel():
+    if launch.is_left_to_torch(logits):
         return cross_entropy_reference(logits, target, ignore_index, None)
-    rows, flat = logits.reshape(-1, logits.shape[-1]), target.reshape(-1, 1)
-    loss: torch.Tensor = _CrossEntropy.apply(rows, flat, ignore_index)  # type: ignore[no-untyped-call]
-    return loss.view(target.shape)
+    loss: torch.Tensor = _CrossEntropy.apply(logits, target, ignore_index)  # type: ignore[no-untyped-call]
+    return loss
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -46,37 +45,34 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, target: torch.Tensor, ignore_index: int
     ) -> torch.Tensor:
-        """Return `(R,)` from logits `(R, V)` and target `(R, 1)`."""
-        logits = logits.contiguous()
+        """Return the losses, in the shape of the target."""
+        rows, target = _rows(logits), target.contiguous()
         where = target.masked_fill(target == ignore_index, 0)
-        likelihood = logits.gather(1, where)  # a target out of range stops here
-        highest, total, loss = (
-            torch.empty_like(likelihood, dtype=torch.promote_types(logits.dtype, torch.float32))
-            for _ in range(3)
-        )
-        columns = _columns(logits)
+        likelihood = rows.gather(1, where.view(-1, 1))  # a target out of range stops here
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        highest, total, loss = (logits.new_empty(target.shape, dtype=dtype) for _ in range(3))
         with launch.on(logits):
-            kernels.forward[(logits.shape[0],)](
-                *(logits, target, likelihood, highest, total, loss, logits.shape[1]),
-                *(ignore_index, columns, launch.wide(loss.dtype)),
+            kernels.forward[(rows.shape[0],)](
+                *(rows, target, likelihood, highest, total, loss, rows.shape[1]),
+                *(ignore_index, _columns(rows), launch.wide(dtype)),
                 num_warps=_WARPS,
             )
         ctx.save_for_backward(logits, target, highest, total)
         ctx.ignore_index = ignore_index
-        return loss[:, 0]
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """Return `(softmax - onehot) * upstream`, rounded once to the dtype of the logits."""
         logits, target, highest, total = ctx.saved_tensors
-        gradient, columns = torch.empty_like(logits), _columns(logits)
-        blocks = launch.parts(logits.shape[1], columns)
+        rows, gradient = _rows(logits), logits.new_empty(logits.shape)
+        blocks = launch.parts(rows.shape[1], _columns(rows))
         with launch.on(logits):
-            kernels.backward[(logits.shape[0] * blocks,)](
-                *(logits, target, highest, total, upstream.contiguous(), gradient),
-                *(logits.shape[1], blocks, ctx.ignore_index),
-                *(columns, launch.wide(highest.dtype)),
+            kernels.backward[(rows.shape[0] * blocks,)](
+                *(rows, target, highest, total, upstream.contiguous(), gradient),
+                *(rows.shape[1], blocks, ctx.ignore_index),
+                *(_columns(rows), launch.wide(highest.dtype)),
                 num_warps=_WARPS,
             )
         return gradient, None, None
@@ -102,6 +98,11 @@ def losses_of(
             *(differentiated, _columns(logits), launch.wide(factor.dtype)),
             num_warps=_WARPS,
         )
+
+
+def _rows(logits: torch.Tensor) -> torch.Tensor:
+    """Return `(R, V)` without gaps. A copy is made again for backward, rather than kept."""
+    return logits.reshape(-1, logits.shape[-1]).contiguous()
 
 
 def _columns(logits: torch.Tensor) -> int:

@@ -20,7 +20,8 @@ from ml_kernels.cuda import graphs, launch
 from ml_kernels.cuda.kernels import norm as kernels
 from ml_kernels.norm import add_rms_norm_reference, layer_norm_reference, rms_norm_reference
 
-_WIDEST = 1 << 15
+_WIDEST = 1 << 14
+_WIDEST_CENTRED = 1 << 13
 """Wider rows do not fit into the registers of a program: torch compiles the formula for them."""
 
 
@@ -54,22 +55,26 @@ def layer_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
     """See `ml_kernels.layer_norm`."""
-    if run := _instead(x, layer_norm_reference):
+    if run := _instead(x, layer_norm_reference, _WIDEST_CENTRED):
         return run(x, weight, bias, eps)
     kind = _Kind(True, False, eps)
     out: torch.Tensor = _Norm.apply(x, None, weight, bias, kind)  # type: ignore[no-untyped-call]
     return out
 
 
-def _instead(x: torch.Tensor, reference: Callable[..., Any]) -> Callable[..., Any] | None:
-    """Return what runs instead of the kernels, None if they do.
-
-    It is the reference where there is nothing to compute, and where torch compiles the caller and
-    makes one graph of both.
-    """
-    if torch.compiler.is_compiling() or not x.numel():
+def _instead(
+    x: torch.Tensor, reference: Callable[..., Any], widest: int | None = None
+) -> Callable[..., Any] | None:
+    """Return what runs instead of the kernels, None if they do."""
+    if launch.is_left_to_torch(x):
         return reference
-    return graphs.compiled(reference, dynamic=True) if x.shape[-1] > _WIDEST else None
+    wide = x.shape[-1] > (widest or _WIDEST)
+    return graphs.compiled(reference, dynamic=True) if wide else None
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Return `(R, H)` without gaps. Copies are made again for backward, rather than kept."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 class _Norm(torch.autograd.Function):
@@ -82,17 +87,16 @@ class _Norm(torch.autograd.Function):
         bias: torch.Tensor | None,
         kind: _Kind,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        shape, dtype = x.shape, torch.promote_types(x.dtype, torch.float32)
-        rows = x.reshape(-1, shape[-1]).contiguous()
-        out = torch.empty_like(rows)
-        total = rows if residual is None else torch.empty_like(rows)
-        inverse = rows.new_empty(rows.shape[0], dtype=dtype)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rows, other = _rows(x), None if residual is None else _rows(residual)
+        out = x.new_empty(x.shape)  # a view of something else could not be changed in place
+        total = x if residual is None else x.new_empty(x.shape)
+        inverse = x.new_empty(rows.shape[0], dtype=dtype)
         mean = torch.empty_like(inverse) if kind.centred else None
-        tile = launch.tile_of(shape[-1], 4096, 16)
+        tile = launch.tile_of(x.shape[-1], 4096, 16)
         with launch.on(x):
             kernels.forward[(launch.parts(rows.shape[0], tile.rows),)](
-                *(rows, None if residual is None else residual.reshape(rows.shape).contiguous()),
-                *(weight.contiguous(), None if bias is None else bias.contiguous()),
+                *(rows, other, weight.contiguous(), None if bias is None else bias.contiguous()),
                 *(out, total, mean, inverse, *rows.shape),
                 EPS=kind.eps,
                 CENTRED=kind.centred,
@@ -103,9 +107,9 @@ class _Norm(torch.autograd.Function):
                 num_warps=tile.warps,
             )
         ctx.save_for_backward(total, weight, bias, mean, inverse)
-        ctx.kind, ctx.shape, ctx.added = kind, shape, residual is not None
+        ctx.kind, ctx.added = kind, residual is not None
         ctx.set_materialize_grads(False)
-        return (out.view(shape), total.view(shape)) if ctx.added else out.view(shape)
+        return (out, total) if ctx.added else out
 
     @staticmethod
     @once_differentiable
@@ -115,16 +119,16 @@ class _Norm(torch.autograd.Function):
         if gradient is None:
             return of_total, of_total if ctx.added else None, None, None, None
         x, weight, bias, mean, inverse = ctx.saved_tensors
-        tile = launch.tile_of(x.shape[1], 2048, 16)
-        size = launch.programs(x.device, launch.parts(x.shape[0], tile.rows), tile.warps)
-        of_x = torch.empty_like(x)
-        sums = x.new_empty(size, x.shape[1], dtype=inverse.dtype)
+        rows, of_x = _rows(x), x.new_empty(x.shape)
+        tile = launch.tile_of(rows.shape[1], 2048, 16)
+        size = launch.programs(x.device, launch.parts(rows.shape[0], tile.rows), tile.warps)
+        sums = x.new_empty(size, rows.shape[1], dtype=inverse.dtype)
         sums_of_bias = None if bias is None else torch.empty_like(sums)
-        more = None if of_total is None else of_total.reshape(x.shape).contiguous()
+        more = None if of_total is None else of_total.contiguous()
         with launch.on(x):
             kernels.backward[(size,)](
-                *(gradient.reshape(x.shape).contiguous(), more, x, weight.contiguous()),
-                *(mean, inverse, of_x, sums, sums_of_bias, *x.shape),
+                *(gradient.contiguous(), more, rows, weight.contiguous()),
+                *(mean, inverse, of_x, sums, sums_of_bias, *rows.shape),
                 CENTRED=ctx.kind.centred,
                 OFFSET=ctx.kind.unit_offset,
                 ROWS=tile.rows,
@@ -132,7 +136,6 @@ class _Norm(torch.autograd.Function):
                 WIDE=launch.wide(inverse.dtype),
                 num_warps=tile.warps,
             )
-        of_x = of_x.view(ctx.shape)
         of_weight = launch.sum_of_parts(sums, weight)
         of_bias = None if sums_of_bias is None else launch.sum_of_parts(sums_of_bias, bias)
         return of_x, of_x if ctx.added else None, of_weight, of_bias, None

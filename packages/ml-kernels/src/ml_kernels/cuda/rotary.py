@@ -25,7 +25,7 @@ def rotary_embedding(
     x: torch.Tensor, angles: torch.Tensor, interleaved: bool, scale: float
 ) -> torch.Tensor:
     """See `ml_kernels.rotary_embedding`."""
-    if torch.compiler.is_compiling() or not x.numel():
+    if launch.is_left_to_torch(x):
         return rotary_embedding_reference(x, angles, interleaved, scale)
     out: torch.Tensor = _Rotary.apply(x, angles, interleaved, scale)  # type: ignore[no-untyped-call]
     return out
@@ -56,21 +56,21 @@ def _rotated(
     order = [*(d for d in range(3) if d != heads), heads, 3]
     source, target, turns = (t.permute(order) for t in (x, out, angles))
     strides = (0 if size == 1 else by for size, by in zip(turns.shape, turns.stride(), strict=True))
-    tile = launch.tile_of(angles.shape[-1] // 2, _NUMBERS, 8)
-    rows = min(tile.rows, launch.power_of_2(source.shape[2]))
-    passed = x.shape[-1] - angles.shape[-1]
+    pairs, passed = angles.shape[-1] // 2, x.shape[-1] - angles.shape[-1]
+    rows = launch.tile_of(max(pairs, passed), _NUMBERS, 8).rows
+    rows, columns = min(rows, launch.power_of_2(source.shape[2])), launch.power_of_2(pairs)
     with launch.on(x):
         kernels.rotate[(source.shape[0] * source.shape[1],)](
-            *(source, target, turns, *source.shape[1:3], angles.shape[-1] // 2, passed),
+            *(source, target, turns, *source.shape[1:3], pairs, passed),
             *(*source.stride(), *target.stride(), *strides),
             SCALE=scale,
             INTERLEAVED=interleaved,
             BACKWARDS=backwards,
             SHARED=turns.shape[2] == 1,
             HEADS=rows,
-            PAIRS=tile.columns,
+            PAIRS=columns,
             PASSED=launch.power_of_2(passed) if passed else 0,
             WIDE=launch.wide(x.dtype),
-            num_warps=min(8, max(1, rows * tile.columns // 256)),
+            num_warps=min(8, max(1, rows * columns // 256)),
         )
     return out

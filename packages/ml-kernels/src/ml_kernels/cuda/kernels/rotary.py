@@ -16,32 +16,32 @@ def rotate(
     x += a * x_a + b * x_b
     out += a * out_a + b * out_b
     angles += a * angle_a + b * angle_b
-    pair = tl.arange(0, PAIRS)
-    step: tl.constexpr = 2 if INTERLEAVED else 1
-    apart = 1 if INTERLEAVED else pairs
+    pair = tl.arange(0, PAIRS).to(tl.int64)
+    near = pair * 2 if INTERLEAVED else pair
+    far = near + 1 if INTERLEAVED else near + pairs
     if SHARED:
-        angle = tl.load(angles + pair * step * angle_d, mask=pair < pairs, other=0.0)[None, :]
+        angle = tl.load(angles + near * angle_d, mask=pair < pairs, other=0.0)[None, :]
     for first in range(0, size_n, HEADS):
         head = (first + tl.arange(0, HEADS))[:, None].to(tl.int64)
         inside = (head < size_n) & (pair < pairs)[None, :]
         if not SHARED:
             angle = tl.load(
-                angles + head * angle_n + (pair * step * angle_d)[None, :], mask=inside, other=0.0
+                angles + head * angle_n + (near * angle_d)[None, :], mask=inside, other=0.0
             )
         # Rounded to the dtype of the heads, as Hugging Face's tables are.
         cos = (tl.cos(angle) * SCALE).to(x.dtype.element_ty).to(WIDE)
         sin = (tl.sin(angle) * SCALE).to(x.dtype.element_ty).to(WIDE)
         if BACKWARDS:
             sin = -sin
-        place = x + head * x_n + (pair * step * x_d)[None, :]
-        one = tl.load(place, mask=inside, other=0.0).to(WIDE)
-        other = tl.load(place + apart * x_d, mask=inside, other=0.0).to(WIDE)
-        place = out + head * out_n + (pair * step * out_d)[None, :]
-        dtype = out.dtype.element_ty
-        tl.store(place, (one * cos - other * sin).to(dtype), mask=inside)
-        tl.store(place + apart * out_d, (other * cos + one * sin).to(dtype), mask=inside)
+        row = x + head * x_n
+        one = tl.load(row + (near * x_d)[None, :], mask=inside, other=0.0).to(WIDE)
+        other = tl.load(row + (far * x_d)[None, :], mask=inside, other=0.0).to(WIDE)
+        row = out + head * out_n
+        one, other = one * cos - other * sin, other * cos + one * sin
+        tl.store(row + (near * out_d)[None, :], one.to(out.dtype.element_ty), mask=inside)
+        tl.store(row + (far * out_d)[None, :], other.to(out.dtype.element_ty), mask=inside)
         if PASSED > 0:
-            rest = tl.arange(0, PASSED)
+            rest = tl.arange(0, PASSED).to(tl.int64)
             inside = (head < size_n) & (rest < passed)[None, :]
             rest = (2 * pairs + rest)[None, :]
             value = tl.load(x + head * x_n + rest * x_d, mask=inside)
