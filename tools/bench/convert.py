@@ -185,37 +185,44 @@ def _convert(source: Path, target: Path, save_format: str, verify: str, *cut: st
 
 
 def measure(model: Model, scratch: Path, repeats: int) -> list[Row]:
-    """Let all sides take turns."""
-    source, megatron = scratch / "hf", scratch / "mcore"
-    output, copied = scratch / "output", scratch / "copy"
+    """Let the sides that read the same files take turns; only those files are there then."""
+    source, megatron, output = scratch / "hf", scratch / "mcore", scratch / "output"
     nbytes = write_model(source, model)
+    with_transformers = [sys.executable, "-c", _TRANSFORMERS, str(source), str(output)]
+    there = {
+        f"to Megatron, `--verify {v}`": _convert(source, output, "mcore", v, *model.cut)
+        for v in ("none", "bits")
+    } | {"transformers, load and save": with_transformers}
+    back = {
+        f"to Hugging Face, `--verify {v}`": _convert(megatron, output, "hf", v)
+        for v in ("none", "bits")
+    }
+    rows = [Row(model.name, name, nbytes) for name in (*there, *back)]
+    _take_turns(rows[: len(there)], list(there.values()), source, output, repeats)
     _run(_convert(source, megatron, "mcore", "none", *model.cut))
-    to_megatron = [_convert(source, output, "mcore", v, *model.cut) for v in ("none", "bits")]
-    back = [_convert(megatron, output, "hf", verify) for verify in ("none", "bits")]
-    sides = {
-        "to Megatron, `--verify none`": (source, to_megatron[0]),
-        "to Megatron, `--verify bits`": (source, to_megatron[1]),
-        "to Hugging Face, `--verify none`": (megatron, back[0]),
-        "to Hugging Face, `--verify bits`": (megatron, back[1]),
-        "transformers, load and save": (
-            source, [sys.executable, "-c", _TRANSFORMERS, str(source), str(output)],
-        ),
-    }  # fmt: skip
-    rows = {name: Row(model.name, name, nbytes) for name in sides}
-    for turn in range(repeats):
-        for name, (read, command) in sides.items():
-            os.sync()
-            rows[name].copies.append(_run(["cp", "-r", str(read), str(copied)]))
-            shutil.rmtree(copied)
-            os.sync()
-            rows[name].runs.append(_run(command))
-            shutil.rmtree(output)
-            run, copy = rows[name].runs[-1], rows[name].copies[-1]
-            _say(f"{model.name} turn {turn + 1}/{repeats}: {name}: {run.seconds:.2f} s, "
-                 f"cp {copy.seconds:.2f} s, CPU {run.cpu:.2f} s")  # fmt: skip
     shutil.rmtree(source)
+    _take_turns(rows[len(there) :], list(back.values()), megatron, output, repeats)
     shutil.rmtree(megatron)
-    return list(rows.values())
+    return rows
+
+
+def _take_turns(
+    rows: Sequence[Row], commands: Sequence[list[str]], read: Path, output: Path, repeats: int
+) -> None:
+    """Run each command after a copy of what it reads; what they write is removed."""
+    copied = output.with_name("copy")
+    for turn in range(repeats):
+        for row, command in zip(rows, commands, strict=True):
+            for runs, words, written in (
+                (row.copies, ["cp", "-r", str(read), str(copied)], copied),
+                (row.runs, command, output),
+            ):
+                os.sync()
+                runs.append(_run(words))
+                shutil.rmtree(written)
+            run, copy = row.runs[-1], row.copies[-1]
+            _say(f"{row.model} turn {turn + 1}/{repeats}: {row.name}: {run.seconds:.2f} s, "
+                 f"cp {copy.seconds:.2f} s, CPU {run.cpu:.2f} s")  # fmt: skip
 
 
 def _say(text: str) -> None:
