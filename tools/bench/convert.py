@@ -185,34 +185,41 @@ def _convert(source: Path, target: Path, save_format: str, verify: str, *cut: st
 
 
 def measure(model: Model, scratch: Path, repeats: int) -> list[Row]:
-    """Let the sides that read the same files take turns; only those files are there then."""
+    """Let the sides that read the same files take turns; only those files are there then.
+
+    transformers comes by itself: it needs more memory than the model, and leaves no file cached.
+    """
     source, megatron, output = scratch / "hf", scratch / "mcore", scratch / "output"
     nbytes = write_model(source, model)
-    with_transformers = [sys.executable, "-c", _TRANSFORMERS, str(source), str(output)]
     there = {
         f"to Megatron, `--verify {v}`": _convert(source, output, "mcore", v, *model.cut)
         for v in ("none", "bits")
-    } | {"transformers, load and save": with_transformers}
+    }
     back = {
         f"to Hugging Face, `--verify {v}`": _convert(megatron, output, "hf", v)
         for v in ("none", "bits")
     }
-    rows = [Row(model.name, name, nbytes) for name in (*there, *back)]
-    _take_turns(rows[: len(there)], list(there.values()), source, output, repeats)
+    peer = [sys.executable, "-c", _TRANSFORMERS, str(source), str(output)]
+    rows = {
+        name: Row(model.name, name, nbytes)
+        for name in (*there, *back, "transformers, load and save")
+    }
+    _take_turns([(rows[name], there[name]) for name in there], source, output, repeats)
+    _take_turns([(rows["transformers, load and save"], peer)], source, output, repeats)
     _run(_convert(source, megatron, "mcore", "none", *model.cut))
     shutil.rmtree(source)
-    _take_turns(rows[len(there) :], list(back.values()), megatron, output, repeats)
+    _take_turns([(rows[name], back[name]) for name in back], megatron, output, repeats)
     shutil.rmtree(megatron)
-    return rows
+    return list(rows.values())
 
 
 def _take_turns(
-    rows: Sequence[Row], commands: Sequence[list[str]], read: Path, output: Path, repeats: int
+    sides: Sequence[tuple[Row, list[str]]], read: Path, output: Path, repeats: int
 ) -> None:
     """Run each command after a copy of what it reads; what they write is removed."""
     copied = output.with_name("copy")
     for turn in range(repeats):
-        for row, command in zip(rows, commands, strict=True):
+        for row, command in sides:
             for runs, words, written in (
                 (row.copies, ["cp", "-r", str(read), str(copied)], copied),
                 (row.runs, command, output),
