@@ -234,7 +234,10 @@ def test_fake_tensors_reach_no_kernel(monkeypatch):
     with FakeTensorMode():
         x, weight = torch.ones(4, 16, requires_grad=True), torch.ones(16)
         shapes = [o.shape for _, o in all_of_them(x, weight, x, torch.ones(4).long())]
+        given = (torch.ones(4).long(), None, "sum", -100, None)
+        total = linear_loss.linear_cross_entropy(x, torch.ones(32, 16), *given)
     assert shapes[:4] == [(4, 16)] * 4
+    assert total.shape == ()
 
 
 def test_a_few_channels_of_wide_heads_are_rotated():

@@ -43,7 +43,7 @@ def power_of_2(size: int) -> int:
 
 
 def parts(size: int, each: int) -> int:
-    """Return how many parts of a size it takes to hold `size`."""
+    """Return how many parts of `each` hold `size`."""
     return -(-size // each)
 
 

@@ -88,7 +88,7 @@ def losses_of(
     differentiated: bool,
 ) -> None:
     """See `ml_kernels.chunked_loss.losses_of`."""
-    if group is not None:
+    if group is not None or launch.is_left_to_torch(logits):
         chunked_loss.losses_of(logits, here, where, factor, loss, group, differentiated)
         return
     likelihood = logits.gather(1, where)  # a target out of range stops here
