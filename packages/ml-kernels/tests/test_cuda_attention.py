@@ -327,8 +327,11 @@ def test_it_gives_the_log_sum_exp_of_what_it_covers(monkeypatch, options, transp
     torch.testing.assert_close(lse, flash_attention(*inputs, **options, backend="reference")[1])
 
 
-def test_torch_takes_the_call_for_the_log_sum_exp_and_has_its_gradient(monkeypatch):
+@pytest.mark.parametrize("hopper", [False, True])
+def test_torch_takes_the_call_for_the_log_sum_exp_and_has_its_gradient(monkeypatch, hopper):
     monkeypatch.setattr(cuda, "_ATEN", torch.ops.aten)
+    monkeypatch.setattr(cuda, "_is_hopper", lambda _: hopper)
+    monkeypatch.setattr(torch.backends.cuda, "can_use_cudnn_attention", lambda _: True)
     on_cuda = IMPLEMENTATIONS["flash_attention", "cuda"]
     monkeypatch.setitem(IMPLEMENTATIONS, ("flash_attention", "meta"), on_cuda)
     size = {"dtype": torch.bfloat16, "device": "meta", "requires_grad": True}
@@ -532,6 +535,45 @@ def test_flash_attn_is_not_used_for_what_it_does_not_cover(flash_attn, sizes, op
     expected = flash_attention(*inputs, layout="BNSD", **options, backend="reference")
     torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2)
     assert not flash_attn
+
+
+# The log-sum-exp on Hopper.
+
+
+def scaled_dot_product_cudnn_attention(
+    query, key, value, bias, compute_lse, dropout_p, is_causal, return_debug_mask, *, scale
+):
+    assert (bias, compute_lse, dropout_p, return_debug_mask) == (None, True, 0.0, False)
+    options = {"layout": "BNSD", "causal": is_causal, "scale": scale, "return_lse": True}
+    out, lse = flash_attention(query, key, value, **options, backend="reference")
+    return out, lse[..., None], None
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("layout", "groups"), [("BNSD", 4), ("BSND", 2)])
+@pytest.mark.parametrize("covered", [True, False])
+def test_on_hopper_cudnn_gives_the_log_sum_exp_where_it_can(
+    monkeypatch, causal, layout, groups, covered
+):
+    asked, called = [], []
+
+    def cudnn(*args, **options):
+        called.append(options)
+        return scaled_dot_product_cudnn_attention(*args, **options)
+
+    monkeypatch.setattr(cuda._ATEN, "_scaled_dot_product_cudnn_attention", cudnn, raising=False)
+    monkeypatch.setattr(cuda, "_is_hopper", lambda _: True)
+    monkeypatch.setattr(
+        torch.backends.cuda, "can_use_cudnn_attention", lambda p: asked.append(p) or covered
+    )
+    size = {"width": 8, "value_width": 8, "dtype": torch.bfloat16, "groups": groups}
+    inputs = [to_layout(t, layout) for t in tensors(**size)]
+    options = {"layout": layout, "causal": causal, "scale": 0.3, "return_lse": True}
+    found = flash_attention(*inputs, **options)
+    assert_near(found, flash_attention(*inputs, **options, backend="reference"))
+    assert len(called) == covered
+    (params,) = asked
+    assert (params.is_causal, params.enable_gqa, params.dropout) == (causal, groups != 4, 0.0)
 
 
 # The gradients of a part of the keys.

@@ -1,6 +1,7 @@
 """Attention on a GPU: torch's sdpa where that is enough, else flash-attn, else flex attention.
 
-sdpa covers square causal and full attention. The package flash-attn, if it is installed, covers
+sdpa covers square causal and full attention; its kernels, called by themselves, give the
+log-sum-exp too: cuDNN's on Hopper, else torch's. The package flash-attn, if installed, covers
 windows, packed sequences and ALiBi in half precision. Flex attention, a kernel that torch compiles
 around the functions below when it is first needed, covers all but dropout.
 
