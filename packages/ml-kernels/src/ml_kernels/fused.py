@@ -17,7 +17,7 @@ def layer_norm(
 ) -> torch.Tensor:
     """See `ml_kernels.layer_norm`.
 
-    With a float32 weight beside a half-precision `x` it runs in float32: CUDA has no such mixture.
+    With a float32 weight beside a half-precision `x` it runs in float32: not all have that mixture.
     """
     if weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
         return F.layer_norm(x, weight.shape, weight, bias, eps)

@@ -78,6 +78,6 @@ def wide(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def sum_of_parts(parts: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def sum_of_parts(sums: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Add what each program summed, `(P, H)`, in an order that is always the same."""
-    return parts.sum(dim=0).to(like.dtype)
+    return sums.sum(dim=0).to(like.dtype)
