@@ -235,7 +235,7 @@ def _in_own_process(shape: str, *, quick: bool) -> dict[str, float]:
     command = [sys.executable, __file__, "--memory", shape, *(["--quick"] if quick else [])]
     runs = [
         json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        for _ in range(1 if quick or torch.cuda.is_available() else 3)
+        for _ in range(1 if quick else 3)
     ]
     return {
         "bytes": statistics.median(run["bytes"] for run in runs),
