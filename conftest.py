@@ -1,6 +1,9 @@
 """What every test of the repository starts from."""
 
 import signal
+import sys
+
+import pytest
 
 # A shell starts background jobs with SIGINT ignored, nohup ignores SIGHUP, and children inherit
 # both; tests that send these to a process mean one started in the foreground.
@@ -10,3 +13,12 @@ for _number, _handler in (
 ):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+
+@pytest.fixture(autouse=True)
+def _only_jobs_bind_a_process_to_a_device():
+    """Binding replaces parts of torch for good, for every test that comes after in this process."""
+    yield
+    platform = sys.modules.get("ml_parallel.platform")
+    bound = platform and platform._active
+    assert not bound, f"the process of the tests was bound to {bound}: do that in a job (run_ranks)"
