@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,7 +17,7 @@ for _number, _handler in (
 
 
 @pytest.fixture(autouse=True)
-def _only_jobs_bind_a_process_to_a_device():
+def _only_jobs_bind_a_process_to_a_device() -> Iterator[None]:
     """Binding replaces parts of torch for good, for every test that comes after in this process."""
     yield
     platform = sys.modules.get("ml_parallel.platform")

@@ -149,7 +149,7 @@ def test_a_rank_that_nobody_answers_says_so_in_time(monkeypatch):
     for name, value in where.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1 port 1: rank 0 did not answer within"):
-        platform.initialize_process_group(Device("cpu", index=0), join_minutes=0.002)
+        platform.initialize_process_group(Device(type="cpu", index=0), join_minutes=0.002)
 
 
 def test_half_an_environment_of_a_launcher_is_refused(monkeypatch):
@@ -158,7 +158,7 @@ def test_half_an_environment_of_a_launcher_is_refused(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.delenv("MASTER_PORT", raising=False)
     with pytest.raises(ValueError, match="MASTER_ADDR, MASTER_PORT are not: set all that torchrun"):
-        platform.initialize_process_group(Device("cpu", index=0))
+        platform.initialize_process_group(Device(type="cpu", index=0))
 
 
 def test_type_names_stay_usable_as_strings_and_keys():
