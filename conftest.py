@@ -16,10 +16,15 @@ for _number, _handler in (
         signal.signal(_number, _handler)
 
 
+def _bound() -> object:
+    platform = sys.modules.get("ml_parallel.platform")
+    return platform and platform._active
+
+
 @pytest.fixture(autouse=True)
 def _only_jobs_bind_a_process_to_a_device() -> Iterator[None]:
     """Binding replaces parts of torch for good, for every test that comes after in this process."""
+    before = _bound()
     yield
-    platform = sys.modules.get("ml_parallel.platform")
-    bound = platform and platform._active
-    assert not bound, f"the process of the tests was bound to {bound}: do that in a job (run_ranks)"
+    bound = _bound()
+    assert bound == before, f"the test bound its own process to {bound}: jobs do that (run_ranks)"
