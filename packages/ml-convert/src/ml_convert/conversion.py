@@ -18,13 +18,14 @@ from ml_convert.files import Files
 from ml_convert.input import open_result, open_source, skeleton
 from ml_convert.journal import JOURNAL
 from ml_convert.output import Draft
-from ml_convert.plan import plan
+from ml_convert.plan import Plan, plan
 from ml_convert.report import Report, summary
 from ml_convert.request import Request
 from ml_convert.sealing import Sealer
 from ml_convert.source import Source
 from ml_convert.target import Target, design, family_of
 from ml_models.commands import version_of
+from ml_models.weights import Parameter
 from ml_parallel import durable
 from ml_parallel.checkpoint import CheckpointError, FileEntry, record
 from ml_parallel.checkpoint import verify as check_files
@@ -65,8 +66,9 @@ def _convert(request: Request, source: Source, progress: Progress | None) -> Rep
     if request.dry_run:
         found = summary(source, proven.target, request.save_dir, sizes=target.sizes)
         return replace(found, plan=tuple(entries(proven)), free=free)
+    table = proven.table
     del proven  # it holds what is needed for each tensor, and is needed no more
-    done = _write(request, source, target, progress)
+    done = _write(request, source, target, table, progress)
     found = summary(source, target.checkpoint(done.path), done.path)
     return replace(found, verified=request.compares_bits, rounded=done.rounded, logits=done.logits)
 
@@ -110,14 +112,21 @@ class _Done(NamedTuple):
     """What comparing them has found."""
 
 
-def _write(request: Request, source: Source, target: Target, progress: Progress | None) -> _Done:
-    """Write the checkpoint."""
+def _write(
+    request: Request,
+    source: Source,
+    target: Target,
+    table: tuple[Parameter, ...],
+    progress: Progress | None,
+) -> _Done:
+    """Write the checkpoint, which is proven to hold the parameters of this table."""
     plan_digest = journal.digest(request, source, target)
     save_dir = request.save_dir.resolve() if request.save_dir.is_symlink() else request.save_dir
     with output.writing(
         save_dir, save_format=request.save_format, plan=plan_digest, resume=request.resume
     ) as draft:
-        rounded = _copy(request, source, target, draft, progress)
+        work = Plan(table=table, source=source.checkpoint, target=target.checkpoint(draft.root))
+        rounded = _copy(request, work, target, draft, progress)
         if request.save_format == "hf" and source.adapter is None:
             _write_companions(request, source, target, draft.root)
         if target.beside is not None:
@@ -132,11 +141,10 @@ def _write(request: Request, source: Source, target: Target, progress: Progress 
 
 
 def _copy(
-    request: Request, source: Source, target: Target, draft: Draft, progress: Progress | None
+    request: Request, work: Plan, target: Target, draft: Draft, progress: Progress | None
 ) -> int:
     """Write all files with tensors that are not there yet; returns how many elements changed."""
     root, done = draft.root, draft.journal.done
-    work = plan(source.arch, source.checkpoint, target.checkpoint(root), source.table)
     total = sum(file.content.size for file in target.files if file.name not in done)
     hashed = _advance(progress, "hashing", total)
 

@@ -84,7 +84,7 @@ class _Flag:
     field: dataclasses.Field[Any]
     hint: Any
     default: Any
-    doc: str
+    owner: type
     group: str | None
 
     @property
@@ -102,7 +102,8 @@ class _Flag:
     @property
     def help(self) -> str:
         default = "required" if self.required else f"default: {show(self.default)}"
-        text = self.doc if self.default is None else f"{self.doc} ({default})"
+        doc = _docs(self.owner).get(self.name, "")
+        text = doc if self.default is None else f"{doc} ({default})"
         return text.replace("%", "%%").strip()
 
     def other_names(self, kind: Literal["aliases", "off"]) -> list[str]:
@@ -112,12 +113,11 @@ class _Flag:
 
 def _flags(config_type: Any, instance: Any = None, group: str | None = None) -> Iterator[_Flag]:
     """Yield the flags of a config; their defaults are the values of `instance`, if given."""
-    docs = _docs(config_type)
     for field, hint, default in _fields(config_type, instance):
         if dataclasses.is_dataclass(hint):
             yield from _flags(hint, default, _title(hint))
         else:
-            yield _Flag(field, without_none(hint), default, docs.get(field.name, ""), group)
+            yield _Flag(field, without_none(hint), default, config_type, group)
 
 
 def _build(config_type: Any, values: dict[str, Any], instance: Any = None) -> Any:
@@ -189,16 +189,15 @@ class _Parser(argparse.ArgumentParser):
         files = "YAML file of flags; may be repeated; flags of the command line win"
         self.add_argument("--config", metavar="FILE", action="append", help=files)
         self.groups: dict[str | None, Any] = {None: self}
+        self.described = [(self._add_flag(flag), flag) for flag in flags]
         self.actions = {
-            name: action for action in map(self._add_flag, flags) for name in action.option_strings
+            name: action for action, _ in self.described for name in action.option_strings
         }
 
     def _add_flag(self, flag: _Flag) -> argparse.Action:
         if flag.group not in self.groups:
             self.groups[flag.group] = self.add_argument_group(flag.group)
-        add = functools.partial(
-            self.groups[flag.group].add_argument, dest=flag.name, help=flag.help
-        )
+        add = functools.partial(self.groups[flag.group].add_argument, dest=flag.name)
         names = [flag.option, *flag.other_names("aliases")]
         if flag.hint is bool:
             off = [_option("no_" + name.removeprefix("--")) for name in names]
@@ -208,6 +207,12 @@ class _Parser(argparse.ArgumentParser):
         return typing.cast(
             "argparse.Action", add(*names, action=_Value, hint=flag.hint, metavar=shown)
         )
+
+    def format_help(self) -> str:
+        """Return what `--help` shows. Only here are flags described: that reads their source."""
+        for action, flag in self.described:
+            action.help = flag.help
+        return super().format_help()
 
     def read(self, words: Sequence[str]) -> dict[str, Any]:
         """Return what a command line gives, by field name."""
