@@ -17,6 +17,9 @@ import numpy as np
 from ml_convert.errors import ConversionError
 from ml_convert.tensor import ZEROS
 
+_WRITTEN_AT_ONCE = 3 << 19
+# bytes: from 2 MiB on, Linux takes pages of that size, which a virtual machine has to get from its
+# host again: twice the system time
 _LONGEST_NAME = 255  # bytes, on all usual file systems
 
 T = TypeVar("T")
@@ -86,7 +89,7 @@ class Files:
         try:
             with self._writing[path]:
                 while view:
-                    count = os.pwrite(descriptor, view, offset)
+                    count = os.pwrite(descriptor, view[:_WRITTEN_AT_ONCE], offset)
                     view, offset = view[count:], offset + count
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from None

@@ -1,6 +1,6 @@
 """The plan of a conversion: two checkpoints of one model, copied band by band.
 
-A band is some rows of one parameter, about 1.5 MiB. It is read through the rectangles of one
+A band is some rows of one parameter, about 3 MiB. It is read through the rectangles of one
 checkpoint and written through those of the other, so every byte is read once and written once,
 memory does not grow with the model, and bands can be done in any order by any number of threads.
 Where one side is transposed, a band is a tile: long enough both ways for either side's lines.
@@ -23,10 +23,7 @@ from ml_convert.tensor import Dtype, Extent
 from ml_models.architecture import Architecture
 from ml_models.weights import Parameter, parameters
 
-BAND_BYTES = (
-    3 << 19
-)  # less takes more calls; from 2 MiB a write on, Linux takes pages of that size,
-# which a virtual machine has to get from its host again: twice the system time
+BAND_BYTES = 3 << 20  # less takes more calls
 TILE_BYTES = 4 << 20
 _TILE_ROWS = 2048
 PARAMETERS_AT_ONCE = 32  # more than there are threads
