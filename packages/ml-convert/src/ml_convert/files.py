@@ -17,9 +17,9 @@ import numpy as np
 from ml_convert.errors import ConversionError
 from ml_convert.tensor import ZEROS
 
-_WRITTEN_AT_ONCE = 3 << 19
-# bytes: from 2 MiB on, Linux takes pages of that size, which a virtual machine has to get from its
-# host again: twice the system time
+_WRITTEN_AT_ONCE = 256 << 10
+# bytes: for more, Linux takes large pages, which a virtual machine may have to get from its host
+# again. That can cost more than all else; here, smaller pages cost less than a tenth
 _LONGEST_NAME = 255  # bytes, on all usual file systems
 
 T = TypeVar("T")
