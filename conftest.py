@@ -16,15 +16,15 @@ for _number, _handler in (
         signal.signal(_number, _handler)
 
 
-def _bound() -> object:
-    platform = sys.modules.get("ml_parallel.platform")
-    return platform and platform._active
+_known: object = None
+"""What the process is bound to by a test that was told so."""
 
 
 @pytest.fixture(autouse=True)
 def _only_jobs_bind_a_process_to_a_device() -> Iterator[None]:
     """Binding replaces parts of torch for good, for every test that comes after in this process."""
-    before = _bound()
+    global _known
     yield
-    bound = _bound()
-    assert bound == before, f"the test bound its own process to {bound}: jobs do that (run_ranks)"
+    platform = sys.modules.get("ml_parallel.platform")
+    before, _known = _known, platform and platform._active
+    assert before == _known, f"the test bound its own process to {_known}: jobs do (run_ranks)"

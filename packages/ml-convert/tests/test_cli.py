@@ -100,6 +100,32 @@ def test_a_directory_that_cannot_be_written_is_one_line_and_exit_code_1(tmp_path
     assert capsys.readouterr().err.startswith("ml-convert: Not a directory")
 
 
+ONLY = """
+import sys
+
+class Absent:
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] not in {*sys.stdlib_module_names, *PRESENT}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+PRESENT = sys.argv.pop(1).split()
+sys.meta_path.insert(0, Absent)
+from ml_convert.cli import main
+sys.exit(main())
+"""
+
+
+def test_what_the_small_installation_installs_is_enough(tmp_path, make_hf):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (line,) = (line for line in readme.splitlines() if line.startswith("pip install numpy "))
+    modules = {"pyyaml": "yaml", "zlib-ng": "zlib_ng"}
+    present = [modules.get(package, package) for package in line.split()[2:]]
+    present += ["ml_convert", "ml_models", "ml_parallel", "markdown_it", "mdurl", "pygments"]
+    command = [sys.executable, "-c", ONLY, " ".join(present), *words(make_hf(), tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("wrote "), done.stderr
+
+
 def test_help_answers_quickly_and_imports_nothing_heavy():
     code = (
         "import sys; from ml_convert.cli import main; code = main(['--help']);"

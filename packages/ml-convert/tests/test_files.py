@@ -3,7 +3,10 @@
 import errno
 import os
 import resource
+import signal
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -110,6 +113,49 @@ def test_an_interrupt_stops_the_threads():
     with pytest.raises(KeyboardInterrupt):
         for_each(items(), lambda _: started.set(), workers=2)
     assert started.is_set()
+
+
+def test_an_interrupt_while_threads_are_started_stops_them(monkeypatch):
+    class Interrupted(ThreadPoolExecutor):
+        def submit(self, *args):
+            super().submit(*args)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("ml_convert.files.ThreadPoolExecutor", Interrupted)
+    done = []
+
+    def work(item):
+        time.sleep(0.001)
+        done.append(item)
+
+    with pytest.raises(KeyboardInterrupt):
+        for_each(range(2000), work, workers=2)
+    assert len(done) < 1000
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("interrupts", [1, 2, 5])
+def test_items_in_progress_end_before_an_interrupt_arrives(interrupts, fails):
+    """Else the files would be closed under threads that write to them."""
+    begun, ended = [], []
+    both_work = threading.Barrier(2)
+
+    def work(item):
+        begun.append(item)
+        both_work.wait(10)
+        if item == 0:
+            for _ in range(interrupts):
+                time.sleep(0.1)
+                os.kill(os.getpid(), signal.SIGINT)
+        elif fails:
+            raise ConversionError("item 1")
+        time.sleep(0.3)
+        ended.append(item)
+
+    with pytest.raises(KeyboardInterrupt):
+        for_each(range(2), work, workers=2)
+    assert sorted(begun) == [0, 1]
+    assert sorted(ended) == ([0] if fails else [0, 1])
 
 
 def test_a_threads_memory_is_used_again():

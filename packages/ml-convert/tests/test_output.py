@@ -206,6 +206,45 @@ def test_an_error_in_the_middle_leaves_nothing_behind(tmp_path, make_hf):
 
 
 @pytest.mark.parametrize("save_format", TARGETS)
+def test_what_came_to_be_there_meanwhile_stays(tmp_path, make_hf, save_format):
+    hf, out = make_hf(), tmp_path / "out"
+
+    def somebody_else(*_):
+        out.mkdir(exist_ok=True)
+        (out / "notes.txt").write_text("precious")
+
+    with pytest.raises(ConversionError, match=r"is not empty \(it holds notes.txt\)"):
+        convert(request(hf, tmp_path, save_format), progress=somebody_else)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_two_conversions_to_one_place_do_not_replace_each_other(tmp_path, make_hf):
+    hf, other = make_hf(), tmp_path / "other"
+    convert(Request(load_dir=hf.path, save_dir=other, save_format="hf"))
+
+    def second(*_):
+        if other.exists():
+            other.rename(tmp_path / "out")
+
+    with pytest.raises(ConversionError, match="holds an earlier output; replace it with --overwr"):
+        convert(request(hf, tmp_path, "hf"), progress=second)
+    assert (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_the_way_back_is_written_where_it_is_found_again(tmp_path, make_hf):
+    """What a kill leaves of `--verify roundtrip` lies in what the next run removes."""
+    seen = set()
+
+    def look(what, *_):
+        if what == "converting back":
+            seen.update(path.name.partition(".tmp-")[0] for path in (tmp_path / "out").iterdir())
+
+    convert(request(make_hf(), tmp_path, "mcore", verify="roundtrip"), progress=look)
+    assert seen == {"release"}
+
+
+@pytest.mark.parametrize("save_format", TARGETS)
 def test_overwrite_keeps_files_of_others(tmp_path, make_hf, save_format):
     hf = make_hf()
     root = convert(request(hf, tmp_path, save_format)).path

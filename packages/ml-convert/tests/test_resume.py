@@ -1,7 +1,9 @@
 """An interrupted conversion is continued where it was, and only if it is the same conversion."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from ml_convert import ConversionError, Request, convert
+from ml_convert import ConversionError, Request, VerificationError, convert
+from ml_convert.cli import main
 from ml_convert.journal import JOURNAL
+from ml_parallel import checkpoint
 
 SLOW = """
 import contextlib, sys, time
@@ -136,3 +140,62 @@ def test_another_conversion_begins_anew(tmp_path, whole, change):
         assert not left.exists()
     assert JOURNAL not in {path.rpartition("/")[2] for path in found}
     convert(request(hf, tmp_path, verify_only=True, **options))
+
+
+def test_what_was_found_wrong_is_not_gone_on_with(tmp_path, whole):
+    hf, expected = whole
+
+    def damage(what, _nbytes, _total):
+        if what == "verifying":
+            (path,) = (tmp_path / "out").rglob("mp_rank_01_001/*.pt")
+            path.write_bytes(bytes(path.stat().st_size))
+
+    with pytest.raises(VerificationError):
+        convert(request(hf, tmp_path, resume=True, workers=1), progress=damage)
+    assert not (tmp_path / "out").exists()
+    convert(request(hf, tmp_path, resume=True))
+    assert contents(tmp_path / "out") == expected
+
+
+def test_a_manifest_that_finds_no_room_costs_nothing_else(tmp_path, whole, monkeypatch):
+    hf, expected = whole
+
+    def full(*_args, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_manifest", full)
+        with pytest.raises(OSError, match="No space left"):
+            convert(request(hf, tmp_path, resume=True))
+    (left,) = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
+    before = times(left)
+    assert convert(request(hf, tmp_path, resume=True)).resumed == len(before) == 4
+    assert contents(tmp_path / "out") == expected
+    assert sorted(times(tmp_path / "out").values()) == sorted(before.values())
+
+
+def test_what_is_there_already_needs_no_room(tmp_path, whole, monkeypatch):
+    hf, expected = whole
+    interrupted(hf, tmp_path, signal.SIGKILL)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert convert(request(hf, tmp_path, resume=True)).resumed == 1
+    assert contents(tmp_path / "out") == expected
+
+
+def test_the_command_says_what_it_took_over(tmp_path, whole, capsys):
+    hf, _ = whole
+    interrupted(hf, tmp_path, signal.SIGKILL)
+    words = ["--load-dir", hf.path, "--save-dir", tmp_path / "out", "--save-format", "mcore"]
+    words += ["--target-tensor-parallel-size", 2, "--target-pipeline-parallel-size", 2]
+    assert main([*map(str, words), "--resume"]) == 0
+    assert capsys.readouterr().out.endswith(" s, files done before: 1, verified bit by bit\n")
+
+
+def test_files_that_nobody_finished_are_no_part_of_the_result(tmp_path, whole):
+    hf, expected = whole
+    (left,) = interrupted(hf, tmp_path, signal.SIGKILL)
+    (left / f"{JOURNAL}.tmp-host-1").write_text("{")
+    (left / "mp_rank_00_000" / "other").write_text("")
+    convert(request(hf, tmp_path, resume=True))
+    assert contents(tmp_path / "out") == expected

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from typing import Literal
 
 import pytest
 
+from ml_models import flags
 from ml_models.flags import UsageError, parse
 from ml_models.hints import Text
 
@@ -55,6 +57,17 @@ class Run:
     weights: tuple[float, ...] = (0.5, 0.5)
     load: Path | None = None
     name: str | None = None
+
+
+def test_the_source_of_a_config_is_read_for_its_help_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> str:
+        raise AssertionError("reading and parsing it takes longer than all else")
+
+    monkeypatch.setattr(inspect, "getsource", refuse)
+    flags._docs.cache_clear()
+    assert run("--lr", "2").lr == 2
+    with pytest.raises(AssertionError, match="longer than all else"):
+        run("--help")
 
 
 def run(*argv: str) -> Run:

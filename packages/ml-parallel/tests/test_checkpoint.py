@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent, whatever happens to the process that writes them."""
 
+import errno
 import json
 import os
 import subprocess
@@ -149,9 +150,9 @@ def test_everything_is_synced_before_the_name_that_shows_it(tmp_path, monkeypatc
         ("sync", durable.temporary_path(final / MANIFEST).name),
         ("rename", MANIFEST),
         ("sync", temporary),
+        ("sync", durable.temporary_path(tmp_path / TRACKER).name),
         ("rename", final.name),
         ("sync", tmp_path.name),
-        ("sync", durable.temporary_path(tmp_path / TRACKER).name),
         ("rename", TRACKER),
         ("sync", tmp_path.name),
     ]
@@ -288,6 +289,24 @@ def test_a_directory_without_model_files_is_no_checkpoint(tmp_path):
         checkpoint.verify(tmp_path / "iter_0000020")
     (tmp_path / "iter_0000020" / ".metadata").touch()  # torch_dist
     assert checkpoint.verify(tmp_path / "iter_0000020") is False
+
+
+def test_a_tracker_that_finds_no_room_leaves_no_checkpoint_behind(tmp_path, monkeypatch):
+    temporary = checkpoint.begin(tmp_path, 10)
+    (temporary / "a").write_bytes(b"a")
+    entry = checkpoint.record(temporary / "a")
+    sync = durable.sync
+
+    def full(path):
+        if path.name.startswith(TRACKER):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        sync(path)
+
+    monkeypatch.setattr(durable, "sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.commit(temporary, [entry])
+    assert checkpoint.candidates(tmp_path) == []
+    assert not (tmp_path / "iter_0000010").exists()
 
 
 # Mistakes of the caller

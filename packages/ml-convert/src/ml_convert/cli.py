@@ -112,14 +112,16 @@ def _print(report: Report, request: Request) -> None:
     done = "would write" if request.dry_run else "compared" if request.verify_only else "wrote"
     padding = f", {_size(report.padding)} of padding" if report.padding else ""
     verified = ", verified bit by bit" if report.verified else ""
-    rounded = f", {report.rounded:,} elements rounded" if report.rounded else ""
+    resumed = f", files done before: {report.resumed}" if report.resumed else ""
+    others = " in the others" if report.resumed else ""
+    rounded = f", {report.rounded:,} elements rounded{others}" if report.rounded else ""
     logits = f"; {report.logits}" if report.logits else ""
     free = f" of {_size(report.free)} that are free" if report.free is not None else ""
     print(
         f"{done} {report.path}: {report.parameters / 1e6:,.1f} million parameters in "
         f"{len(report.files)} file{'s' * (len(report.files) != 1)} "
         f"({_size(report.size)}{free}{padding}) from {report.source}, "
-        f"{report.seconds:.1f} s{rounded}{verified}{logits}"
+        f"{report.seconds:.1f} s{resumed}{rounded}{verified}{logits}"
     )
 
 

@@ -26,7 +26,6 @@ from ml_convert.source import Source
 from ml_convert.target import Target, design, family_of
 from ml_models.commands import version_of
 from ml_models.weights import Parameter
-from ml_parallel import durable
 from ml_parallel.checkpoint import CheckpointError, FileEntry, record
 from ml_parallel.checkpoint import verify as check_files
 
@@ -42,7 +41,8 @@ def convert(request: Request, *, progress: Progress | None = None) -> Report:
         progress: Called from several threads while the work goes on.
 
     Raises:
-        ConversionError: The request or a file is wrong; nothing was written.
+        ConversionError: The request or a file is wrong, or something else has got the name of the
+            result meanwhile; nothing was written.
         VerificationError: With `verify`, the result is not what it should be; it was removed.
         OSError: The disk is full, or similar; nothing was left behind.
     """
@@ -70,7 +70,13 @@ def _convert(request: Request, source: Source, progress: Progress | None) -> Rep
     del proven  # it holds what is needed for each tensor, and is needed no more
     done = _write(request, source, target, table, progress)
     found = summary(source, target.checkpoint(done.path), done.path)
-    return replace(found, verified=request.compares_bits, rounded=done.rounded, logits=done.logits)
+    return replace(
+        found,
+        verified=request.compares_bits,
+        rounded=done.rounded,
+        logits=done.logits,
+        resumed=done.resumed,
+    )
 
 
 def _verify_only(request: Request, source: Source, progress: Progress | None) -> Report:
@@ -97,6 +103,7 @@ def _check_destination(request: Request, target: Target) -> int:
     output.check_writable(save_dir, save_format=request.save_format, overwrite=request.overwrite)
     existing = next(path for path in (save_dir, *save_dir.parents) if path.exists())
     free, needed = shutil.disk_usage(existing).free, sum(target.sizes.values())
+    free += output.reclaimed(save_dir, save_format=request.save_format)
     if free < needed:
         reason = f"{needed:,} bytes are needed, {free:,} are free"
         raise OSError(errno.ENOSPC, reason, str(request.save_dir))
@@ -110,6 +117,8 @@ class _Done(NamedTuple):
     """How many elements another dtype has changed."""
     logits: str
     """What comparing them has found."""
+    resumed: int
+    """How many files an interrupted attempt had done."""
 
 
 def _write(
@@ -123,8 +132,14 @@ def _write(
     plan_digest = journal.digest(request, source, target)
     save_dir = request.save_dir.resolve() if request.save_dir.is_symlink() else request.save_dir
     with output.writing(
-        save_dir, save_format=request.save_format, plan=plan_digest, resume=request.resume
+        save_dir,
+        save_format=request.save_format,
+        plan=plan_digest,
+        overwrite=request.overwrite,
+        resume=request.resume,
     ) as draft:
+        resumed = len(draft.journal.done)
+        # What was proven, in another directory.
         work = Plan(table=table, source=source.checkpoint, target=target.checkpoint(draft.root))
         rounded = _copy(request, work, target, draft, progress)
         if request.save_format == "hf" and source.adapter is None:
@@ -137,7 +152,7 @@ def _write(
         others = [path for path in others if path not in written and path.name != JOURNAL]
         entries = [*draft.journal.done.values(), *map(record, others)]
         metadata = {**_metadata(request, source), "plan": plan_digest}
-        return _Done(draft.commit(entries, metadata), rounded, said)
+        return _Done(draft.commit(entries, metadata), rounded, said, resumed)
 
 
 def _copy(
@@ -232,7 +247,7 @@ def _check(request: Request, source: Source, root: Path, progress: Progress | No
             source.table,
             source.checkpoint,
             result.checkpoint,
-            durable.temporary_path(root.with_name(f"{root.name}.back")),
+            root / "roundtrip.partial",  # goes with all else if this is interrupted
             workers=_workers(request),
             advance=_advance(progress, "converting back", nbytes),
         )

@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
@@ -17,10 +18,11 @@ import numpy as np
 from ml_convert.errors import ConversionError
 from ml_convert.tensor import ZEROS
 
-_WRITTEN_AT_ONCE = 256 << 10
-# bytes: for more, Linux takes large pages, which a virtual machine may have to get from its host
-# again. That can cost more than all else; here, smaller pages cost less than a tenth
+# Larger writes get larger pages, which a virtual machine may have to get from its host: up to three
+# times the system time. Where it need not, smaller ones take 7% more CPU time (docs/benchmarks.md).
+_WRITTEN_AT_ONCE = 256 << 10  # bytes
 _LONGEST_NAME = 255  # bytes, on all usual file systems
+_POLL_S = 0.01
 
 T = TypeVar("T")
 
@@ -142,17 +144,21 @@ def for_each(
     """Call `work` for every item on several threads; the first exception stops all of them.
 
     The items may be many: they are drawn one by one. What a call returns is done before the next
-    item is drawn. Ctrl-C stops after the items in progress.
+    item is drawn. Ctrl-C stops after the items in progress; pressed again, it changes nothing.
     """
     queue = _Queue(partial(work, item) for item in items)
 
     def loop() -> None:
         while (job := queue.take()) is not None:
-            queue.done(job() or ())
+            more: Iterable[Work] = ()
+            try:
+                more = job() or ()
+            finally:
+                queue.done(more)
 
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(loop) for _ in range(workers)]
         try:
+            futures = [pool.submit(loop) for _ in range(workers)]
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             queue.stop()
@@ -166,7 +172,8 @@ class _Queue:
     def __init__(self, work: Iterable[Work]) -> None:
         self._items, self._added = iter(work), list[Work]()
         self._in_progress, self._stopped = 0, False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
 
     def take(self) -> Work | None:
         """Return something to do; None if there is nothing left."""
@@ -184,15 +191,27 @@ class _Queue:
     def done(self, more: Iterable[Work]) -> None:
         """Note that something was done, and what can be done now."""
         with self._changed:
-            self._added.extend(more)
             self._in_progress -= 1
             self._changed.notify_all()
+            self._added.extend(more)
 
     def stop(self) -> None:
-        """Hand out nothing any more."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
+        """Hand out nothing any more; return when nothing is in progress, Ctrl-C or not.
+
+        Whoever goes on earlier closes files that threads still write to. Joining the threads does
+        not do: interrupted in that, Python before 3.13 takes a thread for ended that is not.
+        """
+        self._stopped = True  # threads that wait for an item in progress see it when that is done
+        try:
+            while self._is_busy():
+                time.sleep(_POLL_S)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _is_busy(self) -> bool:
+        with self._lock:  # not the condition: an interrupt on the way into that leaves it locked
+            return self._in_progress > 0
 
 
 class Buffers(threading.local):

@@ -72,18 +72,23 @@ class Journal:
             self.done[name] = entry
             self._append(_line(name, entry))
 
-    def close(self) -> None:
-        """Remove it, for all is done."""
-        self._path.unlink()
-
     def _append(self, content: Mapping[str, object]) -> None:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         descriptor = os.open(self._path, flags, 0o666)
         try:
-            os.write(descriptor, json.dumps(content).encode() + b"\n")
-            os.fsync(descriptor)
+            with durable.naming(self._path):
+                line = _end_of_torn_line(descriptor) + json.dumps(content).encode() + b"\n"
+                while line:
+                    line = line[os.write(descriptor, line) :]
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _end_of_torn_line(descriptor: int) -> bytes:
+    """Return what keeps the next line apart from one that a full disk has cut off."""
+    last = max(os.fstat(descriptor).st_size - 1, 0)
+    return b"" if os.pread(descriptor, 1, last) == b"\n" else b"\n"
 
 
 def _line(name: str, entry: FileEntry) -> dict[str, object]:
@@ -104,7 +109,7 @@ def read(directory: Path, plan: str) -> dict[str, FileEntry] | None:
             entry = json.loads(line)
             path = directory / entry["file"]
             whole = path.stat().st_size == entry["size"]
-        except (OSError, ValueError, TypeError, KeyError):  # the last line may be torn
+        except (OSError, ValueError, TypeError, KeyError):  # a line may be torn
             continue
         if whole:
             found[entry["file"]] = FileEntry(path=path, size=entry["size"], sha256=entry["sha256"])

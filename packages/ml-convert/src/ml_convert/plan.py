@@ -23,7 +23,7 @@ from ml_convert.tensor import Dtype, Extent
 from ml_models.architecture import Architecture
 from ml_models.weights import Parameter, parameters
 
-BAND_BYTES = 3 << 20  # less takes more calls
+BAND_BYTES = 3 << 20  # less takes more calls, more takes more memory for each thread
 TILE_BYTES = 4 << 20
 _TILE_ROWS = 2048
 PARAMETERS_AT_ONCE = 32  # more than there are threads
@@ -115,7 +115,7 @@ class Overlap(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A conversion that was proven to lose nothing."""
+    """What to copy. `plan` makes one after proving that it loses nothing."""
 
     table: tuple[Parameter, ...]
     """Every parameter of the model."""

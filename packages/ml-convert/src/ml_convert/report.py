@@ -42,7 +42,9 @@ class Report:
     verified: bool = False
     """Whether the result was compared with the source, element by element."""
     rounded: int = 0
-    """How many elements another dtype has changed."""
+    """How many elements another dtype has changed, in the files that were not done before."""
+    resumed: int = 0
+    """How many files an interrupted attempt had done."""
     logits: str = ""
     """What a comparison of the logits found."""
     plan: tuple[Entry, ...] = ()

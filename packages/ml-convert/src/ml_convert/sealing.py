@@ -73,9 +73,10 @@ class Sealer:
             new.content.finish(self._files.descriptor(path), [])
 
     def grown(self, name: str, count: int) -> None:
-        """Sum up the first bytes of a file, which are done."""
-        if not self._new[name].content.has_checksums:
-            self._digests[name].advance(count)
+        """Sum up the first bytes of a file, which are done; all of it may be by now."""
+        digest = self._digests.get(name)  # another thread may have sealed the file meanwhile
+        if digest is not None and not self._new[name].content.has_checksums:
+            digest.advance(count)
 
     def __call__(self, name: str, written: dict[int, Written]) -> None:
         """Finish a file to which all tensors were written."""

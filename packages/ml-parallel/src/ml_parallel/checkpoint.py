@@ -23,7 +23,7 @@ import contextlib
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,9 @@ def begin(root: Path, iteration: Iteration) -> Path:
     return temporary
 
 
-def commit(temporary: Path, files: Iterable[FileEntry], **metadata: Any) -> Path:
+def commit(
+    temporary: Path, files: Iterable[FileEntry], *, scratch: Collection[str] = (), **metadata: Any
+) -> Path:
     """Turn a temporary directory into the latest checkpoint; return its final name.
 
     A checkpoint that already has that name is replaced.
@@ -152,6 +154,7 @@ def commit(temporary: Path, files: Iterable[FileEntry], **metadata: Any) -> Path
     Args:
         temporary: What `begin` returned.
         files: The `record` of every file in it, of all ranks.
+        scratch: Names of files that are no part of it: they go when nothing can fail any more.
         metadata: JSON values to keep in the manifest.
 
     Raises:
@@ -161,9 +164,11 @@ def commit(temporary: Path, files: Iterable[FileEntry], **metadata: Any) -> Path
     final = temporary.with_name(_final_name(temporary))
     iteration = _iteration_of(final.name)
     assert iteration is not None
-    write_manifest(temporary, iteration, files, metadata)
-    replaced = durable.publish(temporary, final)
-    durable.write(final.with_name(TRACKER), str(iteration).encode())
+    write_manifest(temporary, iteration, files, metadata, scratch=scratch)
+    with durable.prepared(final.with_name(TRACKER), str(iteration).encode()):
+        for name in scratch:
+            (temporary / name).unlink()
+        replaced = durable.publish(temporary, final)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
     return final

@@ -49,13 +49,21 @@ def sync(path: Path) -> None:
 
 def write(path: Path, content: bytes) -> None:
     """Replace a file's content: readers see the old one or the new one."""
+    with prepared(path, content):
+        pass
+
+
+@contextlib.contextmanager
+def prepared(path: Path, content: bytes) -> Iterator[None]:
+    """Replace a file's content after the block. There is room for it before the block begins."""
     temporary = temporary_path(path)
     try:
         with naming(path):
             temporary.write_bytes(content)
         sync(temporary)
+        yield
         temporary.replace(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,15 +57,29 @@ def record(path: Path) -> FileEntry:
 
 
 def write_manifest(
-    directory: Path, iteration: Iteration, files: Iterable[FileEntry], metadata: Mapping[str, Any]
+    directory: Path,
+    iteration: Iteration,
+    files: Iterable[FileEntry],
+    metadata: Mapping[str, Any],
+    *,
+    scratch: Collection[str] = (),
 ) -> None:
     """Write `manifest.json` and sync the directory's names.
+
+    Args:
+        directory: Where the files are.
+        iteration: What it is a checkpoint of.
+        files: All files.
+        metadata: What else to write down.
+        scratch: Names of files that the caller will remove.
 
     Raises:
         CheckpointError: The files in the directory are not those recorded.
     """
     names = {_name(entry, directory): entry for entry in files}
-    _check_recorded(directory, names)
+    for entry in names.values():
+        _check_size(entry)
+    _check_recorded(directory, {*names, *scratch, MANIFEST})
     content = {
         "iteration": iteration,
         "files": {name: [names[name].size, names[name].sha256] for name in sorted(names)},
@@ -167,11 +181,9 @@ def _is_zip(path: Path) -> bool:
         return False
 
 
-def _check_recorded(directory: Path, names: Mapping[str, FileEntry]) -> None:
-    for entry in names.values():
-        _check_size(entry)
+def _check_recorded(directory: Path, names: Collection[str]) -> None:
     for path in directory.rglob("*"):
-        if path.is_file() and path.relative_to(directory).as_posix() not in {*names, MANIFEST}:
+        if path.is_file() and path.relative_to(directory).as_posix() not in names:
             raise CheckpointError(f"{path} was written but not recorded")
 
 
