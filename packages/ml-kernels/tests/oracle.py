@@ -56,6 +56,14 @@ def with_gradients(function, inputs):
     return [*outputs, *gradients]
 
 
+def kept_by(function, *args, **kwargs):
+    """Call a function and return the addresses of what autograd keeps for its backward pass."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        function(*args, **kwargs)
+    return [t.data_ptr() for t in kept]
+
+
 def assert_matches(function, formula, inputs):
     """Compare outputs and gradients with those of a formula, computed in float64 on the CPU."""
     found = with_gradients(function, inputs)

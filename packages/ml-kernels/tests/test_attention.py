@@ -158,6 +158,18 @@ def test_the_log_sum_exp_is_that_of_the_visible_scores(device, backend, lengths,
     torch.testing.assert_close(lse.cpu().double(), expected_lse, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("seen", ["causal", "square slopes"])
+@pytest.mark.parametrize(("device", "backend"), RUNS)
+def test_autocast_does_not_make_it_coarser(device, backend, seen):
+    inputs = tensors(device=device)
+    options = {"layout": "BNSD", "return_lse": True, "backend": backend, **on(device, SEEN[seen])}
+    expected = flash_attention(*inputs, **options)
+    with torch.autocast(device, torch.bfloat16):
+        found = flash_attention(*inputs, **options)
+    assert [t.dtype for t in found] == [torch.float32] * 2
+    assert_near(found, expected)
+
+
 @pytest.mark.parametrize("more", [{}, {"return_lse": True}, {"sinks": torch.ones(4)}])
 @pytest.mark.parametrize(
     "hidden",

@@ -93,6 +93,18 @@ def test_strides_do_not_matter(device, backend, dtype):
     assert_near(flash_attention_backward(*strided, sliced, **options), expected)
 
 
+@pytest.mark.parametrize(("device", "backend"), RUNS)
+def test_autocast_does_not_make_it_coarser(device, backend):
+    inputs = [t.detach() for t in tensors(device=device)]
+    options = {"layout": "BNSD", "causal": True, "backend": backend}
+    out, lse = flash_attention(*inputs, **options, return_lse=True)
+    given = random(*out.shape, seed=9, device=device).detach(), *inputs, out, lse
+    expected = flash_attention_backward(*given, **options)
+    with torch.autocast(device, torch.bfloat16):
+        found = flash_attention_backward(*given, **options)
+    assert_near(found, expected)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo_ranks import RankFailedError, run_ranks
-from oracle import ROUNDING, assert_near, random
+from oracle import ROUNDING, assert_near, kept_by, random
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ml_kernels
@@ -159,6 +159,81 @@ def test_a_frozen_input_has_no_gradient_and_the_other_the_same():
             missing = 0 if frozen == "x" else 1
             assert gradients[missing] is None
             assert_near([out, gradients[1 - missing]], [expected[0], expected[2 - missing]])
+
+
+def of_rank(operator, **dtypes):
+    """Return x and the weight of this rank, leaves."""
+    x, weight, _ = whole_layer()
+    cuts = zip(("x", "weight"), (x, weight), CUTS[operator][:2], strict=True)
+    return [
+        cut(t, dim, dist.get_rank(), dist.get_world_size()).to(dtypes.get(name)).requires_grad_()
+        for name, t, dim in cuts
+    ]
+
+
+AUTOCAST = {
+    "float32": {},
+    "bfloat16 activations": {"x": torch.bfloat16},
+    "float64": {"x": torch.float64, "weight": torch.float64},
+}
+
+
+def under_autocast():
+    results = {}
+    for operator, backend, case in itertools.product(OPERATORS, ("reference", "cpu"), AUTOCAST):
+        x, weight = of_rank(operator, **AUTOCAST[case])
+        with torch.autocast("cpu", torch.bfloat16):
+            out = OPERATORS[operator](x, weight, dist.group.WORLD, backend=backend)
+        _, _, upstream = whole_layer()
+        part = cut(upstream, CUTS[operator][2], dist.get_rank(), dist.get_world_size())
+        out.backward(part.to(out.dtype))
+        results[operator, backend, case] = [out.detach(), x.grad, weight.grad]
+    return results
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_autocast_is_followed_as_by_the_linear_layer(ranks):
+    for rank, found in enumerate(run_ranks(under_autocast, ranks)):
+        for (operator, _, case), results in found.items():
+            given = AUTOCAST[case]
+            inner = torch.float64 if case == "float64" else torch.bfloat16
+            expected = [inner, *(given.get(name, torch.float32) for name in ("x", "weight"))]
+            assert [t.dtype for t in results] == expected
+            whole = in_one_process(operator, ranks, torch.float32)[rank]
+            assert_near(results, whole, inner)
+
+
+def changed_in_place():
+    results = {}
+    for operator, backend in itertools.product(OPERATORS, ("reference", "cpu")):
+        x, weight = of_rank(operator)
+        out = OPERATORS[operator](x, weight, dist.group.WORLD, backend=backend)
+        out += 1
+        out.sum().backward()
+        results[operator, backend] = out.detach() - 1
+    return results
+
+
+def test_results_may_be_changed_in_place():
+    for rank, found in enumerate(run_ranks(changed_in_place, 2)):
+        for (operator, _), out in found.items():
+            assert_near([out], in_one_process(operator, 2, torch.float32)[rank][:1])
+
+
+def kept_with_a_frozen_weight():
+    """Return whether the weight, and it alone, is kept for the backward pass."""
+    found = {}
+    for operator in OPERATORS:
+        x, weight = of_rank(operator)
+        weight, group = weight.detach(), dist.group.WORLD
+        kept = kept_by(OPERATORS[operator], x, weight, group, backend="cpu")
+        found[operator] = kept == [weight.data_ptr()]
+    return found
+
+
+def test_a_frozen_weight_keeps_no_activations():
+    for found in run_ranks(kept_with_a_frozen_weight, 2):
+        assert found == dict.fromkeys(OPERATORS, True)
 
 
 SHAPES = {"no_sequence": {"sequence": 0}, "no_batch": {"batch": 0}, "short": {"sequence": 2}}

@@ -89,3 +89,24 @@ def test_switching_off_what_was_never_on_changes_nothing(monkeypatch):
     ml_kernels.deterministic(False)
     assert os.environ["CLOSE_MATMUL_K_SHIFT"] == "1"
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_was_switched_off_by_hand_is_switched_on_again():
+    ml_kernels.deterministic()
+    torch.use_deterministic_algorithms(False)
+    ml_kernels.deterministic()
+    assert torch.are_deterministic_algorithms_enabled()
+    with ml_kernels.deterministic():
+        torch.use_deterministic_algorithms(False)
+    assert torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_compilers_setting_is_put_back_too(monkeypatch, before):
+    config = pytest.importorskip("torch._inductor.config")
+    if not hasattr(config, "deterministic"):
+        pytest.skip("this torch's compiler has no such setting")
+    monkeypatch.setattr(config, "deterministic", before)
+    with ml_kernels.deterministic():
+        assert config.deterministic
+    assert config.deterministic == before

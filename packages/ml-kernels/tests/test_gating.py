@@ -249,3 +249,11 @@ def test_gating_refuses_tensors_of_another_kind():
         ml_kernels.topk_gating(
             torch.zeros(3, 8), 1, selection_bias=torch.zeros(8, dtype=torch.int64)
         )
+
+
+def test_an_expert_that_is_switched_off_is_not_replaced_by_one_of_another_group():
+    """With -inf for both, the first of them would win: of a group that was not chosen."""
+    logits = torch.tensor([[1.0, 2.0, 5.0, float("-inf")]])
+    groups = {"num_groups": 2, "group_topk": 1, "group_score": "max"}
+    _, indices = ml_kernels.topk_gating(logits, 2, order="topk_first", **groups)
+    assert sorted(indices[0].tolist()) == [2, 3]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import ROUNDING, assert_matches, assert_near, random, runs, with_gradients
+from oracle import ROUNDING, assert_matches, assert_near, kept_by, random, runs, with_gradients
 from torch.nn import functional as F
 
 import ml_kernels
@@ -57,6 +57,15 @@ def test_a_frozen_weight_gets_no_gradient(monkeypatch):
     ml_kernels.linear(x, weight).sum().backward()
     assert len(products) == 2  # forward, and the gradient of x
     assert_near([x.grad], [weight.sum(0).expand(4, 24)])
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_what_only_a_frozen_input_needs_is_not_kept(frozen, monkeypatch):
+    monkeypatch.setattr(cpu, "_FEW", 1)
+    monkeypatch.setattr(cpu, "_prefers_onednn", lambda: True)
+    inputs = [random(4, 24), random(16, 24, seed=1)]
+    inputs[frozen].requires_grad_(False)
+    assert kept_by(ml_kernels.linear, *inputs) == [inputs[frozen].data_ptr()]
 
 
 def test_autocast_is_followed_as_torch_does():

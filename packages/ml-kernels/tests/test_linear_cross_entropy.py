@@ -103,6 +103,48 @@ def test_ignored_tokens_take_no_part_and_others_by_their_weights(
     assert_matches(device, backend, *inputs, token_weights=token_weights, **options)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("device", "backend"), RUNS)
+def test_what_is_not_finite_in_an_ignored_token_takes_no_part(device, backend, bad, dtype):
+    target, token_weights = draw_target(9), torch.rand(9)
+    clean, weight = draw(9, 8, dtype=dtype), draw(11, 8, dtype=dtype, seed=2)
+    hidden = clean.clone()
+    target[4], hidden[4, 3], token_weights[4] = -100, bad, bad
+
+    def compute(hidden, token_weights):
+        return loss_and_gradients(
+            lambda h, w: ml_kernels.linear_cross_entropy(
+                *(h, w, target.to(device)), token_weights=token_weights.to(device), backend=backend
+            ),
+            hidden.to(device),
+            weight.to(device),
+        )
+
+    expected = compute(clean, token_weights.masked_fill(target < 0, 0))
+    found = compute(hidden, token_weights)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert not found[1][4].any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_vocabulary_of_nan_is_not_seen_by_ignored_tokens(backend):
+    target, weight = torch.full((3,), -100), torch.full((11, 8), torch.nan)
+    assert ml_kernels.linear_cross_entropy(draw(3, 8), weight, target, backend=backend) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.bool])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_loss_is_in_float32_whatever_the_dtype_of_the_token_weights(backend, dtype):
+    token_weights = (torch.arange(9) % 3 > 0).to(dtype)
+    for reduction in ("mean", "sum"):
+        assert_matches(
+            *("cpu", backend, draw(9, 8).bfloat16(), draw(11, 8).bfloat16(), draw_target(9)),
+            token_weights=token_weights,
+            reduction=reduction,
+        )
+
+
 @pytest.mark.parametrize(("device", "backend"), RUNS)
 def test_a_loss_mask_of_bools_gives_torchs_mean_of_what_it_shows(device, backend):
     hidden, weight = draw(9, 8).to(device), draw(11, 8, seed=2).to(device)
@@ -222,6 +264,35 @@ def test_the_sum_of_float16_gradients_may_be_out_of_range_if_their_mean_is_not(m
     )
     expected = (torch.full((11, 1), 1 / 11) - torch.eye(11)[:, 3:4]).expand(11, 8) * 256
     torch.testing.assert_close(of_weight.float(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("factor", "reduction", "upstream"),
+    [(1e-6, "mean", 1024.0), (1e-6, "sum", 65536.0), (1e5, "mean", 1024.0), (-1e5, "sum", 1e-3)],
+)
+@pytest.mark.parametrize(("device", "backend"), RUNS)
+def test_float16_gradients_do_not_depend_on_the_unit_of_the_token_weights(
+    device, backend, factor, reduction, upstream
+):
+    if backend == "reference":
+        pytest.skip("the reference rounds the gradients of the logits with the loss scale")
+    inputs = draw(64, 8, dtype=torch.float16), draw(11, 8, dtype=torch.float16, seed=2)
+    token_weights = torch.linspace(0.5, 1, 64) * factor
+    options = {"reduction": reduction, "token_weights": token_weights}
+    assert_matches(device, backend, *inputs, draw_target(64), upstream, **options)
+
+
+@pytest.mark.parametrize("token_weights", [torch.zeros(9), torch.zeros(9, dtype=torch.bool)])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_float16_token_weights_of_zero_give_zero(token_weights, reduction):
+    found = loss_and_gradients(
+        lambda h, w: ml_kernels.linear_cross_entropy(
+            h, w, draw_target(9), token_weights=token_weights, reduction=reduction
+        ),
+        draw(9, 8, dtype=torch.float16),
+        draw(11, 8, dtype=torch.float16),
+    )
+    assert not any(t.any() for t in found)
 
 
 @pytest.mark.parametrize("public", [True, False])
@@ -386,6 +457,44 @@ def test_a_weight_cut_over_ranks_gives_the_same_loss_and_gradients(ranks, backen
         assert_close((loss, of_hidden, of_weight), expected, TOLERANCE[torch.float32])
 
 
+def test_a_cut_weight_in_float16_takes_token_weights_in_any_unit():
+    hidden, weight = draw(40, 8, dtype=torch.float16), draw(12, 8, dtype=torch.float16, seed=2)
+    target, token_weights = draw_target(40, classes=12), torch.linspace(0.5, 1, 40) * 1e5
+    expected = loss_and_gradients(
+        lambda h, w: formula(h, w, target, token_weights), hidden.double(), weight.double(), 3.0
+    )
+    results = run_ranks(
+        lambda: cut_loss_and_gradients(hidden, weight, target, token_weights=token_weights), 2
+    )
+    of_weight = torch.cat([result[2] for result in results])
+    assert_close((*results[0][:2], of_weight), expected, TOLERANCE[torch.float16])
+
+
+def test_second_derivatives_of_a_cut_weight_are_refused():
+    def compute():
+        leaves = draw(4, 8).requires_grad_(), draw(6, 8).requires_grad_()
+        loss = ml_kernels.linear_cross_entropy(
+            *(*leaves, draw_target(4)), group=torch.distributed.group.WORLD, backend="reference"
+        )
+        for gradient in torch.autograd.grad(loss, leaves, create_graph=True):
+            with pytest.raises(RuntimeError, match="once_differentiable"):
+                gradient.square().sum().backward(retain_graph=True)
+
+    run_ranks(compute, 2)
+
+
+def test_a_rank_outside_the_group_is_told_so():
+    def compute():
+        group = torch.distributed.new_group([0])
+        if torch.distributed.get_rank() == 1:
+            with pytest.raises(TypeError, match=r"linear_cross_entropy: group is .* belongs to"):
+                ml_kernels.linear_cross_entropy(
+                    draw(4, 8), draw(11, 8), draw_target(4), group=group
+                )
+
+    run_ranks(compute, 2)
+
+
 def test_a_cut_weight_in_bfloat16_is_as_exact_as_a_whole_one():
     hidden, weight = draw(40, 8, dtype=torch.bfloat16), draw(12, 8, dtype=torch.bfloat16, seed=2)
     target = draw_target(40, classes=12)
@@ -413,6 +522,7 @@ def test_a_cut_weight_in_bfloat16_is_as_exact_as_a_whole_one():
         ({"token_weights": torch.ones(3)}, ValueError, r"token_weights \(3,\): must be \(4,\)"),
         ({"token_weights": torch.ones(4, requires_grad=True)}, ValueError, "token_weights require"),
         ({"token_weights": torch.ones(4, device="meta")}, ValueError, "token_weights is on meta"),
+        ({"token_weights": torch.ones(4).cfloat()}, TypeError, "token_weights is torch.complex64"),
         ({"reduction": "none"}, ValueError, "reduction none: must be mean or sum"),
     ],
 )

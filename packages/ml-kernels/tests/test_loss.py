@@ -272,6 +272,31 @@ def test_a_group_of_one_rank_is_no_group():
     assert torch.equal(run_ranks(compute, 1)[0], ml_kernels.cross_entropy(logits, target))
 
 
+def test_a_rank_outside_the_group_is_told_so():
+    def compute():
+        group = torch.distributed.new_group([0])
+        if torch.distributed.get_rank() == 1:
+            with pytest.raises(TypeError, match=r"cross_entropy: group is .* belongs to"):
+                ml_kernels.cross_entropy(draw(2, 6), torch.tensor([0, 1]), group=group)
+
+    run_ranks(compute, 2)
+
+
+def test_second_derivatives_of_a_cut_vocabulary_are_refused():
+    def compute():
+        logits = draw(2, 6).requires_grad_()
+        losses = ml_kernels.cross_entropy(
+            *(logits, torch.tensor([0, 7])),
+            group=torch.distributed.group.WORLD,
+            backend="reference",
+        )
+        (gradient,) = torch.autograd.grad(losses.sum(), logits, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.square().sum().backward()
+
+    run_ranks(compute, 2)
+
+
 @pytest.mark.parametrize("wrong", [-1, 12, -100])
 def test_targets_of_a_cut_vocabulary_must_be_in_the_whole_of_it(wrong):
     def compute():

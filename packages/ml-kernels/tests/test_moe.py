@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import ROUNDING, assert_matches, assert_near, random, runs, with_gradients
+from oracle import ROUNDING, assert_matches, assert_near, kept_by, random, runs, with_gradients
 from torch.nn import functional as F
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -198,6 +198,27 @@ def test_a_frozen_input_of_grouped_matmul_costs_no_product(frozen):
     )
     torch.testing.assert_close(torch.autograd.grad(out.sum(), inputs[1 - frozen]), expected)
     assert out.grad_fn.next_functions[frozen][0] is None
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_what_only_a_frozen_input_of_grouped_matmul_needs_is_not_kept(frozen):
+    inputs = [t.requires_grad_(i != frozen) for i, t in enumerate([random(5, 4), random(2, 4, 3)])]
+    kept = kept_by(ml_kernels.grouped_matmul, *inputs, torch.tensor([2, 3]), backend="cpu")
+    assert kept == [inputs[frozen].data_ptr()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("device", "backend"), runs("grouped_matmul"))
+def test_grouped_matmul_follows_autocast_as_the_linear_layer(device, backend, dtype):
+    x = random(9, 8, dtype=dtype, device=device)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, sizes = random(2, 8, 16, dtype=wide, seed=1, device=device), torch.tensor([4, 5])
+    with torch.autocast(device, torch.bfloat16):
+        out = ml_kernels.grouped_matmul(x, weight, sizes, backend=backend)
+    assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.bfloat16)
+    assert_near([out], [grouped_formula([4, 5])(x.double(), weight.double())])
+    out.sum().backward()
+    assert (x.grad.dtype, weight.grad.dtype) == (dtype, wide)
 
 
 @pytest.mark.skipif(

@@ -222,6 +222,16 @@ def test_the_result_may_be_changed_in_place(backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_sum_of_frozen_inputs_is_no_part_of_a_graph(backend):
+    x, residual, weight = random(200, 128).detach(), random(200, 128).detach(), random(128)
+    out, total = ml_kernels.add_rms_norm(x, residual, weight, eps=EPS, backend=backend)
+    assert out.requires_grad
+    assert not total.requires_grad
+    out.sum().backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_frozen_inputs_get_no_gradient(backend):
     x, weight = random(6, 48), random(48, seed=1)
     out = ml_kernels.rms_norm(x.detach(), weight, eps=EPS, backend=backend)

@@ -118,6 +118,16 @@ def test_tensors_may_be_views_of_larger_ones(device, backend):
     assert torch.equal(whole[:, 1::2].cpu(), untouched)
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_graph_from_before_a_step_is_not_gone_on_with(backend):
+    params, grads = [torch.nn.Parameter(draw(4))], [draw(4, seed=1)]
+    out = (params[0] * params[0]).sum()
+    state = state_of([params[0].detach()])
+    ml_kernels.adamw(params, grads, *state, step=1, **OPTIONS, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
 def test_no_parameters_need_no_step():
     ml_kernels.adamw([], [], [], [], step=1, lr=0.1)
 

@@ -9,6 +9,7 @@ the last query at the last key, as decoding with a cache needs it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, overload
 
 import torch
@@ -140,6 +141,13 @@ def attention_reference(
     """The formula, in float32 (float64 for float64 inputs)."""
     if call.layout == "TND":
         return by_sequence(attention_reference, query, key, value, call)
+    with without_autocast(query):
+        return _attend(query, key, value, call)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
+) -> Result:
     q, k, v = wide_heads(query, key, value, call)
     scores = masked_scores(q, k, call)
     weights, lse = _softmax(scores, call.sinks)
@@ -148,6 +156,13 @@ def attention_reference(
     out = torch.einsum("bnqk,bnkd->bnqd", weights, v).to(query.dtype)
     out = from_heads_first(out, call.layout)
     return (out, lse) if call.return_lse else out
+
+
+def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Let products on the device of a tensor keep their dtype: autocast would narrow float32."""
+    device = tensor.device.type
+    known = torch.amp.is_autocast_available(device)  # not for meta tensors
+    return torch.autocast(device, enabled=False) if known else nullcontext()
 
 
 def wide_heads(

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ml_kernels.attention import masked_scores, wide_heads
+from ml_kernels.attention import masked_scores, wide_heads, without_autocast
 from ml_kernels.attention_call import AttentionCall
 from ml_kernels.attention_checks import check_known, checked_call
 from ml_kernels.dispatch import Backend, implementation
@@ -98,6 +98,19 @@ def attention_backward_reference(
     """The formula, in float32 (float64 for float64 inputs)."""
     if call.layout == "TND":
         return _by_sequence(gradient, query, key, value, out, lse, call)
+    with without_autocast(query):
+        return _gradients(gradient, query, key, value, out, lse, call)
+
+
+def _gradients(
+    gradient: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    call: AttentionCall,
+) -> Gradients:
     q, k, v = wide_heads(query, key, value, call)
     g, o = (heads_first(t, call.layout, call.heads).to(q.dtype) for t in (gradient, out))
     weights = (masked_scores(q, k, call) - lse[..., None]).exp()

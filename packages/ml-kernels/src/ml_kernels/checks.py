@@ -25,10 +25,19 @@ def check_floating(operator: str, argument: str, tensor: torch.Tensor) -> None:
     Raises:
         TypeError: It is not.
     """
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{operator}: {argument} is a {type(tensor).__name__}: must be a tensor")
+    check_tensor(operator, argument, tensor)
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{operator}: {argument} is {tensor.dtype}: must be floating point")
+
+
+def check_tensor(operator: str, argument: str, tensor: object) -> None:
+    """Refuse what is no tensor.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{operator}: {argument} is a {type(tensor).__name__}: must be a tensor")
 
 
 def check_same_device(
@@ -38,7 +47,9 @@ def check_same_device(
 
     Raises:
         ValueError: `tensor` is not where `like` is.
+        TypeError: It is no tensor.
     """
+    check_tensor(operator, argument, tensor)
     if tensor.device != like.device:
         raise ValueError(
             f"{operator}: {argument} is on {tensor.device}: must be on {like.device} like the first"
@@ -53,6 +64,7 @@ def check_same_dtype(
     Raises:
         TypeError: `tensor` is not of the dtype of `like`.
     """
+    check_tensor(operator, argument, tensor)
     if tensor.dtype != like.dtype:
         raise TypeError(
             f"{operator}: {argument} is {tensor.dtype}: must be {like.dtype} like the first"
@@ -66,6 +78,7 @@ def check_weight(operator: str, argument: str, weight: torch.Tensor, x: torch.Te
         ValueError: Its shape or device does not fit.
         TypeError: It has neither the dtype of `x` nor float32.
     """
+    check_tensor(operator, argument, weight)
     if weight.shape != x.shape[-1:]:
         raise ValueError(
             f"{operator}: {argument} {tuple(weight.shape)}: must be ({x.shape[-1]},), the last "

@@ -18,6 +18,8 @@ import torch
 from torch import distributed
 from torch.autograd.function import once_differentiable
 
+from ml_kernels.loss import factor_of
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
@@ -62,11 +64,15 @@ def linear_cross_entropy(
     A half-precision weight gradient is summed in float32 over the chunks, and takes four bytes a
     weight until backward: sums of bfloat16 over many chunks lose the small terms. It is divided by
     the number of tokens, and multiplied by the upstream gradient, before it is rounded: the range
-    of float16 needs the loss scale. The sum over one chunk must be in that range.
+    of float16 needs the loss scale. The sum over one chunk must be in that range. In float16
+    the token weights count in units of the largest: gradients that hold them are rounded here.
     """
-    factor = (target != ignore_index).to(torch.promote_types(hidden.dtype, torch.float32))
-    if token_weights is not None:
-        factor = factor * token_weights
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    factor = factor_of(target, token_weights, ignore_index, dtype)
+    weighted = token_weights is not None and hidden.dtype == torch.float16
+    unit = _largest(factor) if weighted else None
+    if unit is not None:
+        factor = factor / unit
     differentiated = torch.is_grad_enabled()
     loss: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden.reshape(-1, hidden.shape[-1]),
@@ -79,9 +85,17 @@ def linear_cross_entropy(
         step or losses_of,
     )
     if reduction == "sum":
-        return loss
-    total = factor.sum()
+        return loss if unit is None else loss * unit
+    total = factor.sum()  # in the same unit
     return loss / total.masked_fill(total == 0, 1)
+
+
+def _largest(factor: torch.Tensor) -> torch.Tensor | None:
+    """Return the largest magnitude, 1 where all are 0; the same on all ranks, as `factor` is."""
+    if not factor.numel():
+        return None
+    largest = factor.abs().amax()
+    return largest.masked_fill(largest == 0, 1)
 
 
 class _Targets(NamedTuple):
@@ -199,7 +213,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         logits = hidden.new_empty(min(size, hidden.shape[0]), weight.shape[0])
         for start in range(0, hidden.shape[0], size):
             rows = slice(start, start + size)
-            some = hidden[rows]
+            # An ignored token may hold NaN, which a factor of 0 would not keep out of the sums.
+            some = hidden[rows].masked_fill(~targets.kept[rows], 0)
             made = torch.mm(some, weight.t(), out=logits[: some.shape[0]])
             given = (t[rows] for t in (targets.here, targets.where, factor, losses))
             for few, here, where, by, loss in _chunks(part, made, *given):
@@ -212,7 +227,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             distributed.all_reduce(of_hidden, group=group)
         ctx.save_for_backward(of_hidden, of_weight)
         ctx.wanted, ctx.dtype = (hidden_wanted, weight_wanted), weight.dtype
-        return (losses * factor).sum()
+        return (losses * factor).masked_fill_(~targets.kept, 0).sum()
 
     @staticmethod
     @once_differentiable

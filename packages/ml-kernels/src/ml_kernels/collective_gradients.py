@@ -26,7 +26,10 @@ Gradients = tuple["torch.Tensor | None", "torch.Tensor | None"]
 Backward = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, dist.ProcessGroup, Sequence[bool]], Gradients
 ]
-"""From the gradient of the product, x, weight, group, and which of the two gradients are needed."""
+"""From the gradient of the product, x, weight, group, and which of the two gradients are needed.
+
+`x` is None where the gradient of the weight is not.
+"""
 
 
 def with_gradients(
@@ -52,7 +55,9 @@ class _Product(torch.autograd.Function):
         product: Product,
         backward: Backward,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
+        # Activations are not kept for a frozen weight. The weight is there anyway, and the fused
+        # gather of an NPU multiplies by it for either gradient.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.group, ctx.gradients = group, backward
         return product(x, weight, group)
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from ml_kernels.checks import check_floating, check_same_device, check_same_dtype, require
 from ml_kernels.dispatch import Backend, implementation
+from ml_kernels.linear_layer import as_autocast_has
 
 
 def all_gather_matmul(
@@ -35,6 +36,8 @@ def all_gather_matmul(
     Every rank must call with the same shapes. For the gradient of the weight the sequence is
     gathered again, so that a rank keeps only its own part of it, as in Megatron.
 
+    Under `torch.autocast` both factors are cast to its dtype (float64 is not), as by `linear`.
+
     Args:
         x: `(S / tp, ..., I)`, any floating dtype.
         weight: `(O / tp, I)` in the dtype of `x`.
@@ -48,6 +51,7 @@ def all_gather_matmul(
         ValueError: Shapes or devices do not fit.
         TypeError: Dtypes do not fit, or this process is not in the group.
     """
+    x, weight = as_autocast_has(x), as_autocast_has(weight)
     _check("all_gather_matmul", x, weight, group)
     return _apply("all_gather_matmul", x, weight, group, x.shape[0] * group.size(), backend)
 
@@ -60,6 +64,8 @@ def matmul_reduce_scatter(
     backend: Backend | None = None,
 ) -> torch.Tensor:
     """Multiply, add up over the ranks, keep a part: a row-parallel layer without its bias.
+
+    Under `torch.autocast` both factors are cast to its dtype (float64 is not), as by `linear`.
 
     Args:
         x: `(S, ..., I / tp)`, any floating dtype; the ranks must divide `S`.
@@ -74,6 +80,7 @@ def matmul_reduce_scatter(
         ValueError: Shapes or devices do not fit, or the ranks do not divide the sequence.
         TypeError: Dtypes do not fit, or this process is not in the group.
     """
+    x, weight = as_autocast_has(x), as_autocast_has(weight)
     _check("matmul_reduce_scatter", x, weight, group)
     ranks = group.size()
     require(
@@ -98,6 +105,8 @@ def matmul_all_reduce(
     The result is the same on all ranks, and its gradient must be, too: each rank takes its own and
     nothing is communicated, as in Megatron.
 
+    Under `torch.autocast` both factors are cast to its dtype (float64 is not), as by `linear`.
+
     Args:
         x: `(S, ..., I / tp)`, any floating dtype.
         weight: `(O, I / tp)` in the dtype of `x`.
@@ -111,6 +120,7 @@ def matmul_all_reduce(
         ValueError: Shapes or devices do not fit.
         TypeError: Dtypes do not fit, or this process is not in the group.
     """
+    x, weight = as_autocast_has(x), as_autocast_has(weight)
     _check("matmul_all_reduce", x, weight, group)
     return _apply("matmul_all_reduce", x, weight, group, x.shape[0], backend)
 

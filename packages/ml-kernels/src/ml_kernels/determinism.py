@@ -7,8 +7,10 @@ that changes from run to run, and about libraries that choose a kernel by measur
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -27,6 +29,9 @@ device. Those of other devices do nothing.
 """
 
 
+_INDUCTOR = "torch._inductor.config"
+
+
 @dataclass(frozen=True)
 class _Settings:
     """Everything that `deterministic` changes."""
@@ -35,6 +40,7 @@ class _Settings:
     warn_only: bool
     cudnn_deterministic: bool
     cudnn_benchmark: bool
+    inductor: bool
     environment: dict[str, str | None]
 
     @classmethod
@@ -44,6 +50,7 @@ class _Settings:
             torch.is_deterministic_algorithms_warn_only_enabled(),
             torch.backends.cudnn.deterministic,
             torch.backends.cudnn.benchmark,
+            bool(getattr(sys.modules.get(_INDUCTOR), "deterministic", False)),
             {name: os.environ.get(name) for name in ENVIRONMENT},
         )
 
@@ -53,10 +60,13 @@ class _Settings:
         for name, values in ENVIRONMENT.items():
             given = os.environ.get(name)
             chosen[name] = given if given is not None and given.lower() in values else values[0]
-        return cls(True, False, True, False, chosen)
+        return cls(True, False, True, False, True, chosen)
 
     def apply(self) -> None:
         torch.use_deterministic_algorithms(self.algorithms, warn_only=self.warn_only)
+        inductor: Any = sys.modules.get(_INDUCTOR)
+        if hasattr(inductor, "deterministic"):  # torch sets it along, and cannot tell what it was
+            inductor.deterministic = self.inductor
         torch.backends.cudnn.deterministic = self.cudnn_deterministic
         torch.backends.cudnn.benchmark = self.cudnn_benchmark
         for name, value in self.environment.items():
@@ -69,8 +79,8 @@ class _Settings:
 class _Undo:
     """Puts the settings before a call of `deterministic` back at the end of a `with` block."""
 
-    def __init__(self, enabled_before: bool) -> None:
-        self._enabled_before = enabled_before
+    def __init__(self) -> None:
+        self._settings, self._before = _Settings.current(), _before
 
     def __enter__(self) -> None:
         return None
@@ -81,7 +91,9 @@ class _Undo:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        deterministic(self._enabled_before)
+        global _before
+        self._settings.apply()
+        _before = self._before
 
 
 _before: _Settings | None = None  # what the first `deterministic(True)` found
@@ -101,11 +113,11 @@ def deterministic(enabled: bool = True) -> _Undo:
         A context manager that undoes the call; it need not be used.
     """
     global _before
-    undo = _Undo(_before is not None)
-    if enabled and _before is None:
-        _before = _Settings.current()
+    undo = _Undo()
+    if enabled:
+        _before = _before or _Settings.current()
         _Settings.deterministic().apply()
-    elif not enabled and _before is not None:
+    elif _before is not None:
         _before.apply()
         _before = None
     return undo

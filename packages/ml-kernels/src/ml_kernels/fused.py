@@ -79,6 +79,10 @@ def adamw(
             amsgrad=False,
             maximize=False,
         )
+        # torch's kernel does not say that it writes: graphs made before must not go on silently.
+        for written in (*p, *m, *v):
+            if not written.is_inference():
+                torch.autograd.graph.increment_version(written)
 
 
 def _common_dtype(tensors: tuple[torch.Tensor, ...]) -> torch.dtype | None:

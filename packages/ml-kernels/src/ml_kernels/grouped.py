@@ -42,7 +42,9 @@ class _GroupedProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, groups: Any, kernels: Kernels
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
+        # Each for the gradient of the other: no activations for a frozen weight.
+        of_x, of_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         ctx.groups, ctx.kernels = groups, kernels
         return kernels.rows(x, weight, groups)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import distributed
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ml_kernels.checks import check_floating, check_same_device, check_same_dtype, require
@@ -49,11 +50,12 @@ def cross_entropy(
 
     Raises:
         ValueError: Shapes or devices do not fit, or a target is out of range.
-        TypeError: `logits` are not floating point or `target` is not int64.
+        TypeError: `logits` are not floating point, `target` is not int64, or this process is not
+            in the group.
     """
     check_floating("cross_entropy", "logits", logits)
     require(logits.dim() > 0, "cross_entropy", "logits", tuple(logits.shape), "must be (..., V)")
-    group = _of_several(group)
+    group = _of_several("cross_entropy", group)
     _check_target("cross_entropy", target, logits, logits.shape[-1], ignore_index, group)
     return implementation("cross_entropy", logits, backend)(logits, target, ignore_index, group)
 
@@ -82,7 +84,8 @@ def linear_cross_entropy(
         hidden: `(..., H)`.
         weight: `(V, H)` in the dtype of `hidden`, as of `torch.nn.Linear`.
         target: `(...)` int64, as in `cross_entropy`.
-        token_weights: `(...)` factors of the losses, such as a loss mask; not differentiated.
+        token_weights: `(...)` factors of the losses, such as a loss mask; of any real dtype, not
+            differentiated.
         reduction: `sum` of `token_weights * loss`, or that divided by the sum of `token_weights`
             (`mean`). Ignored tokens take part in neither; the mean of no token is 0.
         ignore_index: A target with this value is left out.
@@ -95,12 +98,12 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: Shapes, devices or `reduction` do not fit, or a target is out of range.
-        TypeError: The dtypes do not fit.
+        TypeError: The dtypes do not fit, or this process is not in the group.
     """
     operator = "linear_cross_entropy"
     hidden, weight = as_autocast_has(hidden), as_autocast_has(weight)
     _check_linear(operator, hidden, weight)
-    group = _of_several(group)
+    group = _of_several(operator, group)
     _check_target(operator, target, hidden, weight.shape[0], ignore_index, group)
     _check_token_weights(operator, token_weights, target)
     require(reduction in ("mean", "sum"), operator, "reduction", reduction, "must be mean or sum")
@@ -133,14 +136,25 @@ def linear_cross_entropy_reference(
     group: ProcessGroup | None,
 ) -> torch.Tensor:
     """The logits of all tokens, their losses and the weighted sum."""
+    # An ignored token may hold NaN, which a gradient of 0 would not keep out of the sums.
+    hidden = hidden.masked_fill((target == ignore_index)[..., None], 0)
     if group is not None:
         hidden = _Copied.apply(hidden, group)  # type: ignore[no-untyped-call]
     losses = cross_entropy_reference(hidden @ weight.t(), target, ignore_index, group)
-    kept = (target != ignore_index).to(losses.dtype)
-    weights = kept if token_weights is None else kept * token_weights
+    weights = factor_of(target, token_weights, ignore_index, losses.dtype)
     total = weights.sum()
     weighted = (losses * weights).sum()
     return weighted if reduction == "sum" else weighted / total.masked_fill(total == 0, 1)
+
+
+def factor_of(
+    target: torch.Tensor, token_weights: torch.Tensor | None, ignore_index: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the factor of each loss: its token weight or 1, and 0 where the token is ignored."""
+    if token_weights is None:
+        return (target != ignore_index).to(dtype)
+    # No product: what is ignored may be NaN.
+    return token_weights.to(dtype).masked_fill(target == ignore_index, 0)
 
 
 def _cut_cross_entropy(
@@ -167,6 +181,7 @@ class _Summed(torch.autograd.Function):
         return x
 
     @staticmethod
+    @once_differentiable
     def backward(_: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
         return upstream, None
 
@@ -180,14 +195,21 @@ class _Copied(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
         upstream = upstream.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(upstream, group=ctx.group)
         return upstream, None
 
 
-def _of_several(group: ProcessGroup | None) -> ProcessGroup | None:
-    return None if group is None or group.size() == 1 else group
+def _of_several(operator: str, group: ProcessGroup | None) -> ProcessGroup | None:
+    if group is None:
+        return None
+    if not isinstance(group, distributed.ProcessGroup):  # what new_group gives the other ranks
+        raise TypeError(
+            f"{operator}: group is {group!r}: must be a ProcessGroup that this process belongs to"
+        )
+    return None if group.size() == 1 else group
 
 
 def _check_target(
@@ -247,6 +269,8 @@ def _check_token_weights(
     if token_weights is None:
         return
     check_same_device(operator, "token_weights", token_weights, target)
+    if token_weights.dtype.is_complex:
+        raise TypeError(f"{operator}: token_weights is {token_weights.dtype}: must be real")
     shape = tuple(token_weights.shape)
     require(
         token_weights.shape == target.shape,

@@ -16,6 +16,7 @@ import torch
 
 from ml_kernels.checks import check_floating, check_same_device, check_same_dtype, require
 from ml_kernels.dispatch import Backend, BackendUnavailableError, implementation
+from ml_kernels.linear_layer import as_autocast_has
 
 Score = Literal["softmax", "sigmoid"]
 Order = Literal["score_first", "topk_first"]
@@ -195,6 +196,8 @@ def grouped_matmul(
 ) -> torch.Tensor:
     """Multiply consecutive groups of rows, each by a matrix of its own.
 
+    Under `torch.autocast` both factors are cast to its dtype (float64 is not), as by `linear`.
+
     Args:
         x: `(M, I)`, any floating dtype: the rows of the first group, then of the second, ...
         weight: `(E, I, O)` in the dtype of `x`: a matrix for each group.
@@ -211,6 +214,7 @@ def grouped_matmul(
         TypeError: Dtypes do not fit.
     """
     name = "grouped_matmul"
+    x, weight = as_autocast_has(x), as_autocast_has(weight)
     check_floating(name, "x", x)
     check_same_dtype(name, "weight", weight, x)
     check_same_device(name, "weight", weight, x)
@@ -263,9 +267,12 @@ def _choose(
         groups = torch.unflatten(scores, 1, (gating.num_groups, -1))  # (T, groups, E / groups)
         best = 1 if gating.group_score == "max" else 2
         worth = groups.topk(best, dim=-1).values.sum(dim=-1)  # (T, groups)
-        kept = worth.topk(gating.group_topk, dim=-1).indices
-        dropped = torch.ones_like(worth, dtype=torch.bool).scatter_(1, kept, False)
-        scores = groups.masked_fill(dropped[:, :, None], float("-inf")).flatten(1)
+        kept = worth.topk(gating.group_topk, dim=-1).indices.sort(dim=-1).values
+        # Only these: a mask of -inf would tie with an expert that has -inf, being switched off.
+        width = groups.shape[-1]
+        inside = groups.gather(1, kept[:, :, None].expand(-1, -1, width)).flatten(1)
+        chosen = inside.topk(gating.k, dim=-1).indices
+        return kept.gather(1, chosen // width) * width + chosen % width
     return scores.topk(gating.k, dim=-1).indices
 
 

@@ -8,6 +8,8 @@ Shapes: `x` `(..., H)`, weight and bias `(H,)` in the dtype of `x` or in float32
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ml_kernels.checks import (
@@ -121,7 +123,7 @@ def _check(operator: str, x: torch.Tensor, weight: torch.Tensor, eps: float) -> 
     require(x.dim() > 0, operator, "x", (), "must have at least one dimension")
     check_floating(operator, "weight", weight)
     check_weight(operator, "weight", weight, x)
-    require(eps >= 0, operator, "eps", eps, "must be at least 0")
+    require(0 <= eps < math.inf, operator, "eps", eps, "must be at least 0, and finite")
 
 
 def rms_norm_reference(

@@ -66,10 +66,12 @@ def _gather_and_multiply(
     x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup
 ) -> torch.Tensor:
     x = x.contiguous()
-    out = x.new_empty(group.size(), x.shape[0], weight.shape[0])
+    # Cut, not flattened: the result may be changed in place only if it is no view.
+    out = x.new_empty(group.size() * x.shape[0], weight.shape[0])
+    parts = out.chunk(group.size())
     for rank, part in _around(x, x.new_empty(2, *x.shape).unbind(), group):
-        torch.mm(part, weight.t(), out=out[rank])
-    return out.flatten(0, 1)
+        torch.mm(part, weight.t(), out=parts[rank])
+    return out
 
 
 def _multiply_and_scatter(
@@ -91,7 +93,7 @@ def _scattered_backward(
     gathered = gradient.new_empty(ranks, *gradient.shape)
     gathered[me] = gradient
     landing = [gathered[(me - step) % ranks] for step in range(1, ranks)]
-    of_x = x.new_empty(ranks, gradient.shape[0], x.shape[1])
+    of_x = gradient.new_empty(ranks, gradient.shape[0], weight.shape[1])
     for rank, part in _around(gathered[me], landing, group):
         if needed[0]:
             torch.mm(part, weight, out=of_x[rank])

@@ -1,10 +1,9 @@
-"""Causal attention in bfloat16, as a few large matrix products, forward and backward.
+"""Causal attention in bfloat16, forward as a few large matrix products.
 
 Torch's flash kernel works in small tiles and reaches a fifth of the matmul peak where the CPU
 multiplies bfloat16 natively. Here a block of queries meets all its keys in one product, still
 without the matrix of all scores in memory. Forward that is 1.3 times as fast and 1.8 with 512
-positions; backward 1.5 times with grouped heads, 1.3 without. In float32 torch's kernel is as good
-or better, and it is used.
+positions. In float32 torch's kernel is as good or better, and it is used.
 
 The one idea: a bfloat16 score has 8 significant bits, too few when it is large, and torch's
 products of bfloat16 have no other result. Forward, a second product gives what the first one
@@ -12,10 +11,10 @@ rounded off: `q . k - s` is rounded only after the float32 sum. That is not all 
 has: the output has up to 1.3 times its error, the log-sum-exp one of 2**-17 of the largest score,
 and gradients from them up to 1.2 times the error they have from torch's (scores as large as 100).
 
-Backward needs the score less the log-sum-exp of its row, the logarithm of a weight. So that becomes
-extra columns of the product, `[q, -c] . [k, 1] = q . k - c`, and is subtracted in the float32
-accumulator, before rounding: weights that matter have small logarithms. The mean gradient of a row
-is subtracted from the gradients of its scores alike.
+Backward torch's kernel is used. Products of bfloat16 are as exact only with two of them for each of
+the scores and their gradients, and then no faster: 55 ms, and 53 (one thread, 1,024 positions,
+batch 2, 8 heads of 64 channels). With one, the logarithm of a weight is rounded: where attention is
+spread out the weight is off by up to 1 in 64, and gradients have 2 to 3 times the error.
 
 Shapes: `S` sequence, `B` batch, `N` query heads, `G` groups, `R = N / G`, `D` head dimension,
 `Q` the queries of a block, `K` the keys they see.
@@ -26,7 +25,6 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch.nn import functional as F
 
 _BLOCK = 128
 """Queries that are computed together: more waste half of the products on masked scores, fewer make
@@ -35,9 +33,6 @@ them too small to be fast."""
 _FORWARD_BLOCK = 64
 """The same for grouped heads, forward: 18 ms, where 128 take 22 (1,024 positions, batch 2, 12 heads
 in 4 groups of 64 channels). With a group for each head it is the other way: 12.4 ms, and 10.4."""
-
-_EXTRA = 4
-"""Extra columns: three bfloat16 numbers hold a float32, and an even number is faster."""
 
 
 @functools.cache
@@ -103,28 +98,13 @@ def causal_gradients(
         logsumexp: `(S, B, N)` float32.
         scale: Positive.
     """
-    groups, width = key.shape[2], key.shape[3]
-    heads = query.shape[2] // groups
-    queries, gradients = (_extended(_by_group(t, groups)) for t in (query, gradient))
-    keys, values = (_extended(_by_position(t), 1.0) for t in (key, value))
-    mean = (gradient.float() * out).sum(-1)  # (S, B, N)
-    _subtract(queries, _by_group(logsumexp[..., None] / scale, groups))
-    _subtract(gradients, _by_group(mean[..., None], groups))
-    of_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-    of_key, of_value = (
-        torch.zeros_like(t[..., :width], dtype=torch.float32) for t in (keys, values)
+    g, q, k, v, o = (t.permute(1, 2, 0, 3) for t in (gradient, query, key, value, out))
+    lse = logsumexp.permute(1, 2, 0)
+    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        g, q, k, v, o, lse, 0.0, True, scale=scale
     )
-    for start in range(0, query.shape[0], _BLOCK):
-        rows, past = slice(start, start + _BLOCK), slice(0, start + _BLOCK)
-        some, upstream = queries[:, rows].flatten(1, 2), gradients[:, rows].flatten(1, 2)
-        weights = torch.bmm(some, keys[:, past].mT).mul_(scale).exp_()  # (BG, QR, K)
-        _fill_future(weights, start, heads, 0.0)
-        of_scores = torch.bmm(upstream, values[:, past].mT).mul_(weights)
-        of_value[:, past] += torch.bmm(weights.mT, upstream[..., :width])
-        of_key[:, past] += torch.bmm(of_scores.mT, some[..., :width])
-        mixed = torch.bmm(of_scores, keys[:, past, :width])
-        _by_group(of_query, groups)[:, rows] = mixed.view(len(keys), -1, heads, width) * scale
-    return of_query, _as(key, of_key * scale), _as(value, of_value)
+    of_query, of_key, of_value = (t.permute(2, 0, 1, 3) for t in found)
+    return of_query, of_key, of_value
 
 
 def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -136,24 +116,6 @@ def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
 def _by_position(x: torch.Tensor) -> torch.Tensor:
     """View `(S, B, G, D)` as `(BG, S, D)`."""
     return x.flatten(1, 2).transpose(0, 1)
-
-
-def _extended(x: torch.Tensor, value: float = 0.0) -> torch.Tensor:
-    return F.pad(x, (0, _EXTRA), value=value)
-
-
-def _as(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return `(BG, S, D)` as `(S, B, G, D)` in the dtype of `like`."""
-    return x.to(like.dtype).transpose(0, 1).reshape(like.shape)
-
-
-def _subtract(x: torch.Tensor, constants: torch.Tensor) -> None:
-    """Put `-constants`, `(..., 1)` float32, into the extra columns as a sum of bfloat16 numbers."""
-    rest = -constants
-    for column in range(_EXTRA - 1):
-        part = rest.to(x.dtype)
-        x[..., column - _EXTRA, None] = part
-        rest = rest - part
 
 
 def _fill_future(x: torch.Tensor, start: int, heads: int, value: float) -> None:

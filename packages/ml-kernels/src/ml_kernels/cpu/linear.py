@@ -54,7 +54,9 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """Return `(T, O)` from x `(T, I)`."""
-        ctx.save_for_backward(x, weight)
+        # Each for the gradient of the other: no activations for a frozen weight.
+        of_x, of_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         out = _product(x, weight)
         return out if bias is None else out.add_(bias)
 

@@ -82,6 +82,8 @@ class _AddRMSNorm(torch.autograd.Function):
         ctx.save_for_backward(total, weight, inverse)
         ctx.unit_offset = unit_offset
         ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[:2]):  # the weight is no part of the sum
+            ctx.mark_non_differentiable(total)
         return out, total
 
     @staticmethod

@@ -109,6 +109,8 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(total, weight, bias, mean, inverse)
         ctx.kind, ctx.added = kind, residual is not None
         ctx.set_materialize_grads(False)
+        if ctx.added and not any(ctx.needs_input_grad[:2]):  # the weight is no part of the sum
+            ctx.mark_non_differentiable(total)
         return (out, total) if ctx.added else out
 
     @staticmethod
