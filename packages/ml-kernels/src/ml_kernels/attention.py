@@ -141,19 +141,12 @@ def attention_reference(
     """The formula, in float32 (float64 for float64 inputs)."""
     if call.layout == "TND":
         return by_sequence(attention_reference, query, key, value, call)
-    with without_autocast(query):
-        return _attend(query, key, value, call)
-
-
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall
-) -> Result:
     q, k, v = wide_heads(query, key, value, call)
-    scores = masked_scores(q, k, call)
-    weights, lse = _softmax(scores, call.sinks)
-    if call.dropout_p:
-        weights = torch.dropout(weights, call.dropout_p, train=True)
-    out = torch.einsum("bnqk,bnkd->bnqd", weights, v).to(query.dtype)
+    with without_autocast(query):
+        weights, lse = _softmax(masked_scores(q, k, call), call.sinks)
+        if call.dropout_p:
+            weights = torch.dropout(weights, call.dropout_p, train=True)
+        out = torch.einsum("bnqk,bnkd->bnqd", weights, v).to(query.dtype)
     out = from_heads_first(out, call.layout)
     return (out, lse) if call.return_lse else out
 

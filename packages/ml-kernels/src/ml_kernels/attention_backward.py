@@ -98,26 +98,14 @@ def attention_backward_reference(
     """The formula, in float32 (float64 for float64 inputs)."""
     if call.layout == "TND":
         return _by_sequence(gradient, query, key, value, out, lse, call)
-    with without_autocast(query):
-        return _gradients(gradient, query, key, value, out, lse, call)
-
-
-def _gradients(
-    gradient: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    call: AttentionCall,
-) -> Gradients:
     q, k, v = wide_heads(query, key, value, call)
     g, o = (heads_first(t, call.layout, call.heads).to(q.dtype) for t in (gradient, out))
-    weights = (masked_scores(q, k, call) - lse[..., None]).exp()
-    weights = weights.masked_fill((lse == float("-inf"))[..., None], 0.0)
     mean = (g * o).sum(-1, keepdim=True)
-    of_scores = weights * (g @ v.mT - mean) * call.scale  # (B, N, Sq, Sk)
-    of_query, of_key, of_value = of_scores @ k, of_scores.mT @ q, weights.mT @ g
+    with without_autocast(query):
+        weights = (masked_scores(q, k, call) - lse[..., None]).exp()
+        weights = weights.masked_fill((lse == float("-inf"))[..., None], 0.0)
+        of_scores = weights * (g @ v.mT - mean) * call.scale  # (B, N, Sq, Sk)
+        of_query, of_key, of_value = of_scores @ k, of_scores.mT @ q, weights.mT @ g
     of_key, of_value = (_summed(t, call.groups) for t in (of_key, of_value))
     found = (of_query, of_key, of_value)
     q, k, v = (from_heads_first(t.to(query.dtype), call.layout) for t in found)

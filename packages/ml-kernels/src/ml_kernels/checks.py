@@ -7,6 +7,7 @@ operator, the argument, what it is and the rule.
 from __future__ import annotations
 
 import torch
+from torch import distributed
 
 
 def require(condition: bool, operator: str, argument: str, value: object, rule: str) -> None:
@@ -68,6 +69,18 @@ def check_same_dtype(
     if tensor.dtype != like.dtype:
         raise TypeError(
             f"{operator}: {argument} is {tensor.dtype}: must be {like.dtype} like the first"
+        )
+
+
+def check_group(operator: str, group: object) -> None:
+    """Refuse what `torch.distributed.new_group` gives to processes that it leaves out.
+
+    Raises:
+        TypeError: `group` is no process group.
+    """
+    if not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(
+            f"{operator}: group is {group!r}: must be a ProcessGroup that this process belongs to"
         )
 
 

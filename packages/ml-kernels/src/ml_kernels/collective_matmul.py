@@ -19,7 +19,13 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ml_kernels.checks import check_floating, check_same_device, check_same_dtype, require
+from ml_kernels.checks import (
+    check_floating,
+    check_group,
+    check_same_device,
+    check_same_dtype,
+    require,
+)
 from ml_kernels.dispatch import Backend, implementation
 from ml_kernels.linear_layer import as_autocast_has
 
@@ -241,7 +247,4 @@ def _check(operator: str, x: torch.Tensor, weight: torch.Tensor, group: dist.Pro
         tuple(weight.shape),
         f"must be (outer width, {x.shape[-1]}) for x {tuple(x.shape)}",
     )
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"{operator}: group is {group!r}: must be a ProcessGroup that this process belongs to"
-        )
+    check_group(operator, group)

@@ -15,7 +15,13 @@ from torch import distributed
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ml_kernels.checks import check_floating, check_same_device, check_same_dtype, require
+from ml_kernels.checks import (
+    check_floating,
+    check_group,
+    check_same_device,
+    check_same_dtype,
+    require,
+)
 from ml_kernels.dispatch import Backend, implementation
 from ml_kernels.linear_layer import as_autocast_has
 
@@ -205,10 +211,7 @@ class _Copied(torch.autograd.Function):
 def _of_several(operator: str, group: ProcessGroup | None) -> ProcessGroup | None:
     if group is None:
         return None
-    if not isinstance(group, distributed.ProcessGroup):  # what new_group gives the other ranks
-        raise TypeError(
-            f"{operator}: group is {group!r}: must be a ProcessGroup that this process belongs to"
-        )
+    check_group(operator, group)
     return None if group.size() == 1 else group
 
 
