@@ -30,8 +30,8 @@ _BLOCK = 128
 """Queries that are computed together: more waste half of the products on masked scores, fewer make
 them too small to be fast."""
 
-_FORWARD_BLOCK = 64
-"""The same for grouped heads, forward: 18 ms, where 128 take 22 (1,024 positions, batch 2, 12 heads
+_GROUPED_BLOCK = 64
+"""The same for grouped heads: 18 ms, where 128 take 22 (1,024 positions, batch 2, 12 heads
 in 4 groups of 64 channels). With a group for each head it is the other way: 12.4 ms, and 10.4."""
 
 
@@ -59,7 +59,7 @@ def causal_attention(
     keys, values = (_by_position(t).contiguous() for t in (key, value))
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     logsumexp = query.new_empty((*query.shape[:3], 1), dtype=torch.float32)
-    size = _BLOCK if heads == 1 else _FORWARD_BLOCK
+    size = _BLOCK if heads == 1 else _GROUPED_BLOCK
     for start in range(0, query.shape[0], size):
         rows, past = slice(start, start + size), slice(0, start + size)
         some, seen = queries[:, rows].flatten(1, 2), keys[:, past].mT
@@ -67,7 +67,7 @@ def causal_attention(
         scores = rounded.float()
         rest = rounded.baddbmm_(some, seen, beta=-1)
         scores.add_(rest).mul_(scale)
-        _fill_future(scores, start, heads, float("-inf"))
+        _hide_future(scores, start, heads)
         highest = scores.amax(-1, keepdim=True)
         weights = torch.softmax(scores, -1, out=scores)
         # The largest weight is exp(highest - log-sum-exp).
@@ -76,35 +76,6 @@ def causal_attention(
         for whole, part in ((out, mixed), (logsumexp, log)):
             _by_group(whole, groups)[:, rows] = part.view(len(keys), -1, heads, part.shape[-1])
     return out, logsumexp[..., 0]
-
-
-def causal_gradients(
-    gradient: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    logsumexp: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of query, key and value.
-
-    Args:
-        gradient: `(S, B, N, D)`, of the output.
-        query: `(S, B, N, D)`, each attended to its key and those before.
-        key: `(S, B, G, D)`.
-        value: `(S, B, G, D)`.
-        out: `(S, B, N, D)`, the output.
-        logsumexp: `(S, B, N)` float32.
-        scale: Positive.
-    """
-    g, q, k, v, o = (t.permute(1, 2, 0, 3) for t in (gradient, query, key, value, out))
-    lse = logsumexp.permute(1, 2, 0)
-    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        g, q, k, v, o, lse, 0.0, True, scale=scale
-    )
-    of_query, of_key, of_value = (t.permute(2, 0, 1, 3) for t in found)
-    return of_query, of_key, of_value
 
 
 def _by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -118,9 +89,9 @@ def _by_position(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1, 2).transpose(0, 1)
 
 
-def _fill_future(x: torch.Tensor, start: int, heads: int, value: float) -> None:
-    """Write `value` where a key comes after its query; `x` is `(BG, QR, K)`."""
+def _hide_future(x: torch.Tensor, start: int, heads: int) -> None:
+    """Write -inf where a key comes after its query; `x` is `(BG, QR, K)`."""
     size = x.shape[2] - start
     future = torch.ones(size, size, dtype=torch.bool).triu_(1)
     block = x.view(-1, size, heads, x.shape[2])[..., start:]
-    block.masked_fill_(future[:, None], value)
+    block.masked_fill_(future[:, None], float("-inf"))

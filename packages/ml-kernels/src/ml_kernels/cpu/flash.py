@@ -182,7 +182,7 @@ def _forward(
     scale: float,
     tile: Tile,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if _is_faster_in_products(query, tile) and query.shape[2] >= _MANY:
+    if _is_faster_in_products(query, tile):
         q, k, v = (t.permute(2, 0, 1, 3) for t in (query, key, value))
         out, lse = causal.causal_attention(q, k, v, scale)
         out, lse = out.permute(1, 2, 0, 3), lse.permute(1, 2, 0)
@@ -207,11 +207,6 @@ def _backward(
     scale: float,
     tile: Tile,
 ) -> _Three:
-    if _is_faster_in_products(query, tile):
-        g, q, k, v, o = (t.permute(2, 0, 1, 3) for t in (gradient, query, key, value, out))
-        found = causal.causal_gradients(g, q, k, v, o, lse.permute(2, 0, 1), scale)
-        of_query, of_key, of_value = (t.permute(1, 2, 0, 3) for t in found)
-        return of_query, of_key, of_value
     found = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
         gradient, query, key, value, out, lse, 0.0, tile.causal, attn_mask=tile.bias, scale=scale
     )
@@ -220,7 +215,7 @@ def _backward(
 
 def _is_faster_in_products(query: torch.Tensor, tile: Tile) -> bool:
     plain = tile.causal and tile.bias is None and query.dtype == torch.bfloat16
-    return plain and causal.multiplies_bfloat16()
+    return plain and query.shape[2] >= _MANY and causal.multiplies_bfloat16()
 
 
 def _of_sinks(
