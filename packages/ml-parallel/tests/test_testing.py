@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from ml_parallel.testing import RankFailedError, free_port, run_ranks
+from ml_parallel.testing import RankFailedError, run_ranks
 
 
 def test_results_come_back_by_rank_with_their_arguments():
@@ -51,13 +51,6 @@ def test_ranks_that_hang_are_named_and_killed():
 def hang():
     if torch.distributed.get_rank() == 1:
         time.sleep(60)
-
-
-def test_a_free_port_can_be_bound():
-    import socket
-
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", free_port()))
 
 
 LEFT_BEHIND = """

@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
-from launched import HANG, TRAIN, alive, assert_gone, free_port, run, start, started
+from launched import HANG, TRAIN, alive, assert_gone, free_ports, run, start, started
 
 from ml_models.flags import UsageError
+from ml_train import launch as launching
 from ml_train.launch import LaunchConfig, launch, under_launcher
 
 # Starting
@@ -60,6 +61,20 @@ def test_ranks_find_each_other_through_the_environment():
         pass
 
 
+def test_the_port_of_one_node_is_none_that_the_system_gives_to_connections(monkeypatch):
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert max(launching._FREE_PORTS) < low
+    port = free_ports()
+    monkeypatch.setattr(launching, "_FREE_PORTS", range(port, port + 2))
+    with socket.create_server(("", port)):
+        assert launch(["sh", "-c", f"exit $((MASTER_PORT - {port}))"], LaunchConfig()) == 1
+        with (
+            socket.create_server(("", port + 1)),
+            pytest.raises(UsageError, match=rf"no port from {port} to {port + 1} can be listened"),
+        ):
+            launch(["true"], LaunchConfig())
+
+
 def test_ranks_share_the_cores():
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     cores = len(os.sched_getaffinity(0))
@@ -70,7 +85,7 @@ def test_ranks_share_the_cores():
 
 
 def test_ranks_are_numbered_through_the_nodes():
-    config = {"nnodes": 2, "master_addr": "localhost", "master_port": free_port()}
+    config = {"nnodes": 2, "master_addr": "localhost", "master_port": free_ports()}
     found = []
     for node_rank in (1, 0):
         _, output, _ = run(SHOW, options={"config": {**config, "node_rank": node_rank}})

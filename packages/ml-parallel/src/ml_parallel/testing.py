@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import sys
 import tempfile
 import traceback
@@ -32,13 +31,6 @@ class RankFailedError(AssertionError):
 class _Rank(NamedTuple):
     process: Any
     results: Connection
-
-
-def free_port() -> int:
-    """Return a TCP port that was free a moment ago on the loopback interface."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run_ranks(

@@ -18,8 +18,10 @@ Rank 0 has the terminal for itself; lines of the others are shown as `[rank 1] .
 from __future__ import annotations
 
 import os
+import random
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ml_models.flags import UsageError
@@ -28,6 +30,9 @@ from ml_train.ranks import Rank, Signals, guarded, start, stop
 from ml_train.supervise import supervise
 
 _PORT_OF_SEVERAL_NODES = 6000
+_FREE_PORTS = range(20000, 30000)
+"""Where a free port is looked for. Seconds pass until rank 0 listens on it: a port that the system
+gives out by itself, from 32768 on, may have gone to a connection of another job by then."""
 _LONGEST_WAIT = 7 * 24 * 60
 
 
@@ -147,12 +152,23 @@ def _cores() -> int:
 def _port(config: LaunchConfig) -> int:
     """Return the port where the ranks meet, which on node 0 nobody else may be using."""
     if config.nnodes == 1 and config.master_port is None:
-        with _listen(0) as server:
-            return int(server.getsockname()[1])
+        return _free_port()
     port = config.master_port or _PORT_OF_SEVERAL_NODES
     if config.node_rank == 0:
         _listen(port).close()
     return port
+
+
+def _free_port() -> int:
+    # Of its own: two jobs whose seeds are the same look in different places.
+    for port in random.SystemRandom().sample(_FREE_PORTS, len(_FREE_PORTS)):
+        with suppress(UsageError):
+            _listen(port).close()
+            return port
+    raise UsageError(
+        f"--master-port is not given, and no port from {_FREE_PORTS.start} to "
+        f"{_FREE_PORTS.stop - 1} can be listened on; give one that can"
+    )
 
 
 def _nodes(config: LaunchConfig, port: int) -> Nodes:
