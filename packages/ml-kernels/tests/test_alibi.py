@@ -53,3 +53,19 @@ def test_mistakes_are_named():
         alibi_bias(torch.ones(2), 3, 3, form="line")
     with pytest.raises(ValueError, match="alibi_bias: fill_neg_inf True: needs form='square'"):
         alibi_bias(torch.ones(2), 3, 3, form="row", fill_neg_inf=True)
+    with pytest.raises(ValueError, match=r"alibi_bias: slopes \(2, 1\): must be \(heads,\)"):
+        alibi_bias(torch.ones(2, 1), 3, 3, form="row")
+    with pytest.raises(TypeError, match=r"alibi_bias: slopes is a list: must be a tensor"):
+        alibi_bias([0.5], 3, 3, form="row")
+    with pytest.raises(TypeError, match=r"alibi_slopes: num_heads 2\.0: must be an int"):
+        alibi_slopes(2.0)
+
+
+@pytest.mark.parametrize("form", ["row", "square"])
+def test_float64_slopes_give_a_float64_bias(form):
+    slopes = torch.tensor([1 / 3, 1 / 7], dtype=torch.float64)
+    positions = torch.arange(1000, dtype=torch.float64)
+    if form == "square":
+        positions = positions - positions[:, None]
+    bias = alibi_bias(slopes, 1000, 1000, form=form)
+    assert torch.equal(bias, (slopes[:, None, None] * positions).view(bias.shape))

@@ -14,6 +14,7 @@ def attend(queries=(2, 4, 5, 8), keys=(2, 2, 5, 8), values=None, layout="BNSD", 
     return flash_attention(*(torch.ones(shape) for shape in shapes), layout=layout, **options)
 
 
+FLAT = {"queries": (5, 2, 8), "keys": (5, 2, 8)}
 ENDS = {"queries": (5, 4, 8), "keys": (5, 2, 8), "layout": "TND"}
 
 
@@ -21,6 +22,7 @@ ENDS = {"queries": (5, 4, 8), "keys": (5, 2, 8), "layout": "TND"}
     ("options", "message"),
     [
         ({"layout": "NBSD"}, r"layout 'NBSD': must be one of SBND, SBH, BSH, BSND, BNSD, TND"),
+        ({"alibi_form": "line"}, "alibi_form 'line': must be 'row' or 'square'"),
         ({"queries": (2, 5, 8)}, r"query \(2, 5, 8\): must have the dimensions BNSD"),
         ({"keys": (2, 5, 16)}, r"key \(2, 5, 16\): must have the dimensions BNSD"),
         ({"keys": (2, 3, 5, 8)}, r"key \(2, 3, 5, 8\): its 3 heads must divide the 4 of the query"),
@@ -110,7 +112,12 @@ def test_a_wrong_value_is_named_with_the_rule(options, message):
         ({"mask": torch.ones(5)}, "mask is torch.float32: must be bool, True where hidden"),
         ({"sinks": torch.ones(4).half()}, "sinks is torch.float16: must be float32"),
         ({"alibi_slopes": torch.ones(4).int()}, "alibi_slopes is torch.int32: must be float32"),
-        ({"window": 2.0, "causal": True}, "window is a float: must be an int"),
+        ({"window": 2.0, "causal": True}, "window 2.0: must be an int"),
+        ({"window": True, "causal": True}, "window True: must be an int"),
+        ({"layout": "SBH", "num_heads": 2.0, **FLAT}, "num_heads 2.0: must be an int"),
+        ({"mask": [[True]]}, "mask is a list: must be a tensor"),
+        ({"sinks": [0.0] * 4}, "sinks is a list: must be a tensor"),
+        ({"alibi_slopes": (0.5,) * 4}, "alibi_slopes is a tuple: must be a tensor"),
         (
             {**ENDS, "cu_seqlens_q": (0, 5.0), "cu_seqlens_k": (0, 5)},
             r"cu_seqlens_q \(0, 5.0\): must be one row of integers",

@@ -195,6 +195,7 @@ def test_no_position_gives_no_angle():
 
 
 ORIGINAL = {"original_max_position_embeddings": 4096}
+INF, NAN = float("inf"), float("nan")
 
 
 @pytest.mark.parametrize(
@@ -239,10 +240,47 @@ ORIGINAL = {"original_max_position_embeddings": 4096}
             {"dim": 8, "factor": 2.0, "beta_slow": 0.0, **ORIGINAL},
             "beta_slow 0.0: must be positive",
         ),
+        (ml_kernels.rotary_frequencies, {"dim": 8, "base": INF}, "base inf: must be finite"),
+        (ml_kernels.linear_frequencies, {"dim": 8, "factor": NAN}, "factor nan: must be finite"),
+        (
+            ml_kernels.llama3_frequencies,
+            {"dim": 8, "high_freq_factor": INF},
+            "high_freq_factor inf: must be finite",
+        ),
+        *(
+            (ml_kernels.yarn_frequencies, {"dim": 8, "factor": 2.0, **ORIGINAL, **wrong}, message)
+            for wrong, message in (
+                ({"beta_fast": INF}, "beta_fast inf: must be finite"),
+                ({"mscale": NAN}, "mscale nan: must be at least 0, and finite"),
+                ({"mscale_all_dim": -20.0}, "mscale_all_dim -20.0: must be at least 0"),
+                ({"attention_factor": INF}, "attention_factor inf: must be finite"),
+            )
+        ),
     ],
 )
 def test_a_parameter_out_of_its_range_is_refused(function, given, message):
     with pytest.raises(ValueError, match=f"{function.__name__}: {message}"):
+        function(**given)
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "message"),
+    [
+        (ml_kernels.rotary_frequencies, {"dim": 8.0}, "dim 8.0"),
+        (
+            ml_kernels.dynamic_ntk_frequencies,
+            {"dim": 8, "factor": 2.0, "seq_length": 9.0, **ORIGINAL},
+            "seq_length 9.0",
+        ),
+        (
+            ml_kernels.llama3_frequencies,
+            {"dim": 8, "original_max_position_embeddings": 1e4},
+            "original_max_position_embeddings 10000.0",
+        ),
+    ],
+)
+def test_a_number_of_channels_or_positions_is_an_int(function, given, message):
+    with pytest.raises(TypeError, match=f"{function.__name__}: {message}: must be an int"):
         function(**given)
 
 

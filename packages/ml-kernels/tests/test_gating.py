@@ -240,6 +240,26 @@ def test_gating_refuses_what_contradicts_itself(k, options, message):
         ml_kernels.topk_gating(torch.zeros(3, 8), k, **options)
 
 
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+def test_gating_refuses_a_factor_that_is_not_finite(factor):
+    with pytest.raises(ValueError, match=f"topk_gating: scaling_factor {factor}: must be finite"):
+        ml_kernels.topk_gating(torch.zeros(3, 8), 2, scaling_factor=factor)
+
+
+@pytest.mark.parametrize(
+    ("argument", "options"),
+    [
+        ("k", {"k": 2.0}),
+        ("num_groups", {"k": 2, "num_groups": 2.0, "group_topk": 1}),
+        ("group_topk", {"k": 2, "num_groups": 2, "group_topk": True}),
+    ],
+)
+def test_gating_refuses_numbers_that_count_nothing(argument, options):
+    message = f"topk_gating: {argument} {options[argument]}: must be an int"
+    with pytest.raises(TypeError, match=message):
+        ml_kernels.topk_gating(torch.zeros(3, 8), **options)
+
+
 def test_gating_refuses_tensors_of_another_kind():
     with pytest.raises(ValueError, match=r"logits \(3,\): must be \(tokens, experts\)"):
         ml_kernels.topk_gating(torch.zeros(3), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -183,6 +184,19 @@ def test_one_token_has_the_loss_of_torch(device, backend, shape):
     torch.testing.assert_close(loss, F.cross_entropy(rows, target.reshape(-1)))
 
 
+@pytest.mark.parametrize(("device", "backend"), RUNS)
+def test_hidden_states_of_no_channel_say_nothing_of_the_target(device, backend):
+    found = loss_and_gradients(
+        lambda h, w: ml_kernels.linear_cross_entropy(
+            h, w, torch.tensor([1, 0], device=device), backend=backend
+        ),
+        torch.zeros(2, 0, device=device),
+        torch.zeros(11, 0, device=device),
+    )
+    assert found[0].item() == pytest.approx(math.log(11))
+    assert [t.shape for t in found[1:]] == [(2, 0), (11, 0)]
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("tokens", [0, 5])
 @pytest.mark.parametrize(("device", "backend"), RUNS)
@@ -280,6 +294,15 @@ def test_float16_gradients_do_not_depend_on_the_unit_of_the_token_weights(
     token_weights = torch.linspace(0.5, 1, 64) * factor
     options = {"reduction": reduction, "token_weights": token_weights}
     assert_matches(device, backend, *inputs, draw_target(64), upstream, **options)
+
+
+@pytest.mark.parametrize(("device", "backend"), RUNS)
+def test_a_loss_scale_above_the_range_of_float16_is_not_rounded_to_it(device, backend):
+    hidden = draw(1, 8, dtype=torch.float16, scale=1e-3)
+    weight = draw(11, 8, dtype=torch.float16, seed=2, scale=1e-3)
+    if backend == "reference":
+        pytest.skip("the reference rounds the gradients of the logits with the loss scale")
+    assert_matches(device, backend, hidden, weight, draw_target(1), 65536.0, reduction="sum")
 
 
 @pytest.mark.parametrize("token_weights", [torch.zeros(9), torch.zeros(9, dtype=torch.bool)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -98,6 +99,17 @@ def test_with_a_config_parameters_have_its_dtype_and_megatrons_mark(module, sequ
 
 
 @pytest.mark.parametrize("module", NORMS)
+def test_a_copy_and_a_file_keep_megatrons_mark(module, tmp_path):
+    norm = module(config=Config(), hidden_size=8)
+    torch.save(norm, tmp_path / "norm.pt")
+    copies = copy.deepcopy(norm), torch.load(tmp_path / "norm.pt", weights_only=False)
+    for parameter in (parameter for found in copies for parameter in found.parameters()):
+        assert parameter.sequence_parallel is True
+    for parameter in copy.deepcopy(module(8)).parameters():
+        assert not hasattr(parameter, "sequence_parallel")
+
+
+@pytest.mark.parametrize("module", NORMS)
 def test_with_a_config_parameters_are_made_on_megatrons_current_device(module, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "meta")
     config = Config(use_cpu_initialization=False)
@@ -168,3 +180,19 @@ def test_the_text_of_a_module_shows_its_options(module, text):
 def test_an_unknown_keyword_is_refused():
     with pytest.raises(TypeError, match="zero_centred"):
         RMSNorm(8, zero_centred=True)
+
+
+@pytest.mark.parametrize("module", NORMS)
+def test_a_norm_refuses_impossible_numbers_when_it_is_made(module):
+    with pytest.raises(ValueError, match=f"{module.__name__}: eps -1.0: must be at least 0"):
+        module(8, eps=-1.0)
+    with pytest.raises(ValueError, match=f"{module.__name__}: hidden_size -8: must not be"):
+        module(-8)
+    with pytest.raises(TypeError, match=f"{module.__name__}: hidden_size 8.0: must be an int"):
+        module(8.0)
+
+
+@pytest.mark.parametrize("module", [GEGLU, GELU])
+def test_an_activation_refuses_an_unknown_form_when_it_is_made(module):
+    with pytest.raises(ValueError, match=f"{module.__name__}: approximate 'erf': must be 'tanh'"):
+        module(approximate="erf")

@@ -135,6 +135,16 @@ def test_permute_and_unpermute_refuse_shapes_that_do_not_fit():
         ml_kernels.moe_unpermute(permuted, order, indices)
     with pytest.raises(TypeError, match=r"order is torch\.float32: must be int32 or int64"):
         ml_kernels.moe_unpermute(permuted, order.float())
+    with pytest.raises(TypeError, match=r"indices is a list: must be a tensor"):
+        ml_kernels.moe_permute(x, [[0], [1], [2], [3]])
+    with pytest.raises(ValueError, match=r"indices -1: must not be negative"):
+        ml_kernels.moe_permute(x, indices - 1)
+    with pytest.raises(ValueError, match=r"order 8: must be below 8, the number of rows"):
+        ml_kernels.moe_unpermute(permuted, order + 1)
+    with pytest.raises(ValueError, match=r"order -1: must not be negative"):
+        ml_kernels.moe_unpermute(permuted, order - 1)
+    with pytest.raises(TypeError, match=r"group_sizes is a list: must be a tensor"):
+        ml_kernels.grouped_matmul(x, torch.zeros(1, 3, 5), [4])
 
 
 SIZES = {

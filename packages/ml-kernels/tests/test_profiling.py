@@ -75,12 +75,18 @@ def test_only_the_chosen_ranks_profile(ranks, traces, tmp_path):
     [
         ({"level": "level3"}, "profiler: level level3: must be of .*level0"),
         ({"step_start": -1}, "step_start -1: must not be negative"),
+        ({"device": "tpu"}, "profiler: device 'tpu': must be of .*'npu', 'cuda', 'cpu'"),
         ({"step_start": 5, "step_end": 5}, r"step_end 5: must be after step_start \(5\)"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        ml_kernels.profiler(device="cpu", **options)
+        ml_kernels.profiler(**{"device": "cpu", **options})
+
+
+def test_steps_are_counted_in_whole_numbers():
+    with pytest.raises(TypeError, match=r"profiler: step_end 3\.5: must be an int"):
+        ml_kernels.profiler(device="cpu", step_start=1, step_end=3.5)
 
 
 @pytest.mark.skipif(why_unavailable("npu") is None, reason="there is an NPU")

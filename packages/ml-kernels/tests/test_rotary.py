@@ -213,3 +213,9 @@ X = torch.ones(6, 2, 3, 16)
 def test_what_does_not_fit_is_refused(x, angles, error, message):
     with pytest.raises(error, match=f"rotary_embedding: .*{message}"):
         ml_kernels.rotary_embedding(x, angles)
+
+
+@pytest.mark.parametrize("scale", [float("inf"), float("nan")])
+def test_a_scale_that_is_not_finite_is_refused(scale):
+    with pytest.raises(ValueError, match=f"rotary_embedding: scale {scale}: must be finite"):
+        ml_kernels.rotary_embedding(X, torch.ones(6, 1, 1, 8), scale=scale)

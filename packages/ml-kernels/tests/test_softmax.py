@@ -124,8 +124,15 @@ def test_the_gradients_are_those_of_the_function():
         (draw(1, 2, 3, 4), draw_mask(2, 1, 3, 4), ValueError, r"mask \(2, 1, 3, 4\)"),
         (draw(1, 2, 3, 4), draw_mask(1, 1, 2, 3, 4), ValueError, r"mask \(1, 1, 2, 3, 4\)"),
         (draw(1, 2, 3, 4), draw_mask(3, 4).to("meta"), ValueError, "mask is on meta"),
+        (draw(1, 2, 3, 4), [[True]], TypeError, "mask is a list: must be a tensor"),
     ],
 )
 def test_wrong_arguments_are_named(x, mask, error, message):
     with pytest.raises(error, match=f"scaled_masked_softmax: {message}"):
         ml_kernels.scaled_masked_softmax(x, mask)
+
+
+@pytest.mark.parametrize("scale", [float("inf"), float("nan")])
+def test_a_scale_that_is_not_finite_is_refused(scale):
+    with pytest.raises(ValueError, match=f"scaled_masked_softmax: scale {scale}: must be finite"):
+        ml_kernels.scaled_masked_softmax(draw(1, 2, 3, 4), None, scale=scale)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import ml_kernels
 from ml_train import peak
 from ml_train.peak import ACCELERATORS, datasheet, matmul_peak
 
@@ -57,25 +58,38 @@ def test_every_number_has_a_source() -> None:
 
 def test_a_cpu_is_measured_once() -> None:
     torch.set_num_threads(1)
-    start = time.perf_counter()
     first = matmul_peak(CPU, torch.float32)
-    assert time.perf_counter() - start < 10
-    start = time.perf_counter()
+    before = peak._measure.cache_info()
     assert matmul_peak(CPU, torch.float32) == first
-    assert time.perf_counter() - start < 0.01
+    assert peak._measure.cache_info() == before._replace(hits=before.hits + 1)
     assert matmul_peak(CPU, torch.bfloat16) != first
 
 
-def test_it_is_the_time_of_real_products() -> None:
-    torch.set_num_threads(1)
-    expected = matmul_peak(CPU, torch.float32)
-    matrix = torch.rand(1024, 1024)
-    best = float("inf")
-    for _ in range(20):
-        start = time.perf_counter()
-        torch.mm(matrix, matrix)
-        best = min(best, time.perf_counter() - start)
-    assert 0.1 * expected < 2 * 1024**3 / best / 1e12 < 5 * expected  # others use this machine
+@pytest.mark.parametrize(
+    ("tflops", "expected", "measured"),
+    [(1.0, 1.0, {512, 1024, 2048}), (1e-3, 1e-3 / 3, {512})],
+    ids=["fast", "too slow for a second product"],
+)
+def test_it_is_the_best_of_real_products(
+    monkeypatch: pytest.MonkeyPatch, tflops: float, expected: float, measured: set[int]
+) -> None:
+    """By a clock that only products move on; the first of each size takes three times as long."""
+    now, sizes = 0.0, list[int]()
+
+    def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        nonlocal now
+        size = left.shape[0]
+        now += (1 if size in sizes else 3) * 2 * size**3 / (tflops * 1e12)
+        sizes.append(size)
+        return left @ right.t()
+
+    monkeypatch.setattr(peak, "_SECONDS", 0.01)
+    monkeypatch.setattr(peak, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(ml_kernels, "linear", multiply)
+    peak._measure.cache_clear()
+    assert matmul_peak(CPU, torch.float32) == pytest.approx(expected)
+    assert set(sizes) == measured
+    peak._measure.cache_clear()
 
 
 def test_the_number_of_threads_is_part_of_what_is_measured(

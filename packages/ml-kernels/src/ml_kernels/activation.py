@@ -62,7 +62,7 @@ def geglu(
         TypeError: A tensor is not floating point, or the bias has another dtype.
     """
     _check_gated("geglu", x, bias)
-    _check_approximation("geglu", approximate)
+    check_approximation("geglu", approximate)
     return implementation("geglu", x, backend)(x, bias, approximate)
 
 
@@ -91,7 +91,7 @@ def gelu(
     check_floating("gelu", "x", x)
     if bias is not None:
         check_weight("gelu", "bias", bias, x)
-    _check_approximation("gelu", approximate)
+    check_approximation("gelu", approximate)
     return implementation("gelu", x, backend)(x, bias, approximate)
 
 
@@ -105,7 +105,12 @@ def _check_gated(operator: str, x: torch.Tensor, bias: torch.Tensor | None) -> N
         check_weight(operator, "bias", bias, x)
 
 
-def _check_approximation(operator: str, approximate: str) -> None:
+def check_approximation(operator: str, approximate: str) -> None:
+    """Refuse what is no form of the Gaussian error linear unit.
+
+    Raises:
+        ValueError: It is not.
+    """
     if approximate not in get_args(Approximation):
         raise ValueError(f"{operator}: approximate {approximate!r}: must be 'tanh' or 'none'")
 

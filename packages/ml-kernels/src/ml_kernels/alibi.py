@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from ml_kernels.checks import require
+from ml_kernels.checks import check_floating, check_integer, require
 
 AlibiForm = Literal["row", "square"]
 
@@ -27,7 +27,9 @@ def alibi_slopes(num_heads: int) -> torch.Tensor:
 
     Raises:
         ValueError: `num_heads` is not positive.
+        TypeError: It is no int.
     """
+    check_integer("alibi_slopes", "num_heads", num_heads)
     require(num_heads > 0, "alibi_slopes", "num_heads", num_heads, "must be positive")
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2.0 ** (-8.0 * n / power) for n in range(1, power + 1)]
@@ -41,7 +43,7 @@ def alibi_bias(
     """Return what ALiBi adds to the scores.
 
     Args:
-        slopes: `(N,)`.
+        slopes: `(N,)`, any floating dtype.
         queries: `Sq`.
         keys: `Sk`.
         form: "row": `slope * j`. "square": `slope * (j - i)`, with `i` counted so that the last
@@ -49,22 +51,26 @@ def alibi_bias(
         fill_neg_inf: Put -inf where a key comes after its query.
 
     Returns:
-        `(N, 1, Sk)` float32 for "row", `(N, Sq, Sk)` for "square".
+        `(N, 1, Sk)` for "row", `(N, Sq, Sk)` for "square"; float32, or float64 for float64 slopes.
 
     Raises:
-        ValueError: `form` is unknown, or `fill_neg_inf` is asked of the row form, which has no
-            rows to fill.
+        ValueError: The slopes are no vector, `form` is unknown, or `fill_neg_inf` is asked of the
+            row form, which has no rows to fill.
+        TypeError: The slopes are not floating point.
     """
     operator = "alibi_bias"
+    check_floating(operator, "slopes", slopes)
+    require(slopes.dim() == 1, operator, "slopes", tuple(slopes.shape), "must be (heads,)")
     require(form in ("row", "square"), operator, "form", repr(form), "must be 'row' or 'square'")
     require(
         form == "square" or not fill_neg_inf, operator, "fill_neg_inf", True, "needs form='square'"
     )
-    steep = slopes.float()[:, None, None]
-    key = torch.arange(keys, dtype=torch.float32, device=slopes.device)
+    dtype = torch.promote_types(slopes.dtype, torch.float32)
+    steep = slopes.to(dtype)[:, None, None]
+    key = torch.arange(keys, dtype=dtype, device=slopes.device)
     if form == "row":
         return steep * key
-    query = torch.arange(keys - queries, keys, dtype=torch.float32, device=slopes.device)
+    query = torch.arange(keys - queries, keys, dtype=dtype, device=slopes.device)
     distance = key - query[:, None]  # (Sq, Sk)
     bias = steep * distance
     return bias.masked_fill_(distance > 0, float("-inf")) if fill_neg_inf else bias

@@ -13,7 +13,13 @@ import torch
 
 from ml_kernels.alibi import AlibiForm
 from ml_kernels.attention_call import AttentionCall
-from ml_kernels.checks import check_floating, check_same_device, check_same_dtype
+from ml_kernels.checks import (
+    check_floating,
+    check_integer,
+    check_same_device,
+    check_same_dtype,
+    check_tensor,
+)
 from ml_kernels.layouts import LAYOUTS, Layout
 
 _OPERATOR = "flash_attention"
@@ -63,7 +69,9 @@ def checked_call(
     if mask is not None:
         mask = _checked_mask(mask, layout, (batch, heads, queries, keys), query)
     if alibi_slopes is not None:
-        _check_slopes(alibi_slopes, alibi_form, heads, query)
+        _check_slopes(alibi_slopes, heads, query)
+    if alibi_form not in ("row", "square"):
+        raise _wrong("alibi_form", repr(alibi_form), "must be 'row' or 'square'")
     if sinks is not None:
         _check_per_head("sinks", sinks, heads, query)
     _check_numbers(scale, dropout_p, return_lse, sinks)
@@ -92,10 +100,11 @@ def check_known(
     if call.layout not in ("SBH", "BSH"):
         shape = (*shape[:-1], value.shape[-1])
     for name, tensor in (("gradient", gradient), ("out", out)):
-        if tensor.shape != shape:
-            raise _wrong(name, tuple(tensor.shape), f"must be {shape}, the shape of the output")
         check_same_dtype(_OPERATOR, name, tensor, query)
         check_same_device(_OPERATOR, name, tensor, query)
+        if tensor.shape != shape:
+            raise _wrong(name, tuple(tensor.shape), f"must be {shape}, the shape of the output")
+    check_tensor(_OPERATOR, "lse", lse)
     rows: tuple[int, ...] = (call.batch, call.heads, call.queries)
     if call.layout == "TND":
         rows = (call.queries, call.heads)
@@ -125,7 +134,10 @@ def _check_kinds(
     if layout not in ("SBH", "BSH"):
         if num_heads is not None:
             raise _wrong("num_heads", num_heads, f"layout {layout} says it: leave it out")
-    elif num_heads is None or num_heads < 1:
+        return
+    if num_heads is not None:
+        check_integer(_OPERATOR, "num_heads", num_heads)
+    if num_heads is None or num_heads < 1:
         raise _wrong("num_heads", num_heads, f"layout {layout} needs the number of query heads")
 
 
@@ -224,8 +236,7 @@ def _check_same_number(ends_q: tuple[int, ...], ends_k: tuple[int, ...]) -> int:
 
 
 def _checked_window(window: int, causal: bool, longest: int) -> int | None:
-    if not isinstance(window, int):
-        raise TypeError(f"{_OPERATOR}: window is a {type(window).__name__}: must be an int")
+    check_integer(_OPERATOR, "window", window)
     if window < 1:
         raise _wrong("window", window, "must be at least 1, the query's own position")
     if not causal:
@@ -237,6 +248,7 @@ def _checked_mask(
     mask: torch.Tensor, layout: Layout, full: tuple[int, int, int, int], query: torch.Tensor
 ) -> torch.Tensor:
     """Return the mask as four dimensions, each 1 or the full one."""
+    check_tensor(_OPERATOR, "mask", mask)
     if layout == "TND":
         raise _wrong("mask", tuple(mask.shape), "layout TND has no batch for it: use cu_seqlens")
     if mask.dtype != torch.bool:
@@ -249,6 +261,7 @@ def _checked_mask(
 
 
 def _check_per_head(argument: str, x: torch.Tensor, heads: int, query: torch.Tensor) -> None:
+    check_tensor(_OPERATOR, argument, x)
     if tuple(x.shape) != (heads,):
         raise _wrong(argument, tuple(x.shape), f"must be ({heads},), one for each query head")
     if x.dtype not in (torch.float32, torch.promote_types(query.dtype, torch.float32)):
@@ -256,10 +269,8 @@ def _check_per_head(argument: str, x: torch.Tensor, heads: int, query: torch.Ten
     check_same_device(_OPERATOR, argument, x, query)
 
 
-def _check_slopes(slopes: torch.Tensor, form: AlibiForm, heads: int, query: torch.Tensor) -> None:
+def _check_slopes(slopes: torch.Tensor, heads: int, query: torch.Tensor) -> None:
     _check_per_head("alibi_slopes", slopes, heads, query)
-    if form not in ("row", "square"):
-        raise _wrong("alibi_form", repr(form), "must be 'row' or 'square'")
     if slopes.requires_grad:
         raise _wrong("alibi_slopes", "requires grad", "slopes are constants: detach them")
 

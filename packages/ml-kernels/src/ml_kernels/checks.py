@@ -6,6 +6,8 @@ operator, the argument, what it is and the rule.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import distributed
 
@@ -18,6 +20,26 @@ def require(condition: bool, operator: str, argument: str, value: object, rule: 
     """
     if not condition:
         raise ValueError(f"{operator}: {argument} {value}: {rule}")
+
+
+def check_integer(operator: str, argument: str, value: object) -> None:
+    """Refuse what counts nothing: 2.0 and True too, which torch takes in some places.
+
+    Raises:
+        TypeError: `value` is no int.
+    """
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        raise TypeError(f"{operator}: {argument} {value!r}: must be an int")
+
+
+def check_finite(operator: str, **values: float) -> None:
+    """Refuse numbers that would make every result inf or NaN.
+
+    Raises:
+        ValueError: One of them is.
+    """
+    for argument, value in values.items():
+        require(math.isfinite(value), operator, argument, value, "must be finite")
 
 
 def check_floating(operator: str, argument: str, tensor: torch.Tensor) -> None:

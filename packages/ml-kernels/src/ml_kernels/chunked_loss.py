@@ -75,7 +75,7 @@ def linear_cross_entropy(
         factor = factor / unit
     differentiated = torch.is_grad_enabled()
     loss: torch.Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden.reshape(-1, hidden.shape[-1]),
+        hidden.reshape(target.numel(), hidden.shape[-1]),
         weight,
         _find(target.reshape(-1, 1), ignore_index, weight.shape[0], group),
         factor.reshape(-1, 1),
@@ -117,7 +117,7 @@ def _find(
 
 
 def _rows(elements: int, columns: int) -> int:
-    return max(1, elements // columns)
+    return max(1, elements // max(1, columns))
 
 
 def _chunks(size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -234,6 +234,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Scale the kept gradients, in place unless they may be asked for again."""
         scale = torch.Tensor.mul if _graph_is_kept() else torch.Tensor.mul_
+        # A number without dimensions would be rounded to the dtype of the gradient first on a GPU,
+        # and a loss scale of 65536 is inf in float16.
+        upstream = upstream.reshape(1)
         gradients = (
             scale(gradient, upstream).to(ctx.dtype) if wanted else None
             for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)

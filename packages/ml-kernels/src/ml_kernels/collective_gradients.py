@@ -8,7 +8,7 @@ Shapes: `R` rows of the whole group, `tp` ranks, `I` and `O` inner and outer wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,11 +24,11 @@ Gradients = tuple["torch.Tensor | None", "torch.Tensor | None"]
 """Of x and weight, None where not needed."""
 
 Backward = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, dist.ProcessGroup, Sequence[bool]], Gradients
+    [torch.Tensor, "torch.Tensor | None", torch.Tensor, dist.ProcessGroup, bool], Gradients
 ]
-"""From the gradient of the product, x, weight, group, and which of the two gradients are needed.
+"""From the gradient of the product, x, weight, group, and whether the gradient of x is needed.
 
-`x` is None where the gradient of the weight is not.
+`x` is None where the gradient of the weight is not needed.
 """
 
 
@@ -64,16 +64,16 @@ class _Product(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        found = ctx.gradients(gradient, *ctx.saved_tensors, ctx.group, ctx.needs_input_grad[:2])
+        found = ctx.gradients(gradient, *ctx.saved_tensors, ctx.group, ctx.needs_input_grad[0])
         return *found, None, None, None
 
 
 def gathered_backward(
     gradient: torch.Tensor,
-    x: torch.Tensor,
+    x: torch.Tensor | None,
     weight: torch.Tensor,
     group: dist.ProcessGroup,
-    needed: Sequence[bool],
+    x_needed: bool,
 ) -> Gradients:
     """Return the gradients of `all_gather_matmul`.
 
@@ -81,24 +81,24 @@ def gathered_backward(
     as in Megatron.
     """
     of_x = of_weight = None
-    if needed[1]:
+    if x is not None:
         gathered, arrival = start_all_gather(x, group)
-    if needed[0]:
+    if x_needed:
         of_x, reduction = start_reduce_scatter(gradient @ weight, group)
-    if needed[1]:
+    if x is not None:
         arrival.wait()
         of_weight = gradient.t() @ gathered
-    if needed[0]:
+    if x_needed:
         reduction.wait()
     return of_x, of_weight
 
 
 def reduced_backward(
     gradient: torch.Tensor,
-    x: torch.Tensor,
+    x: torch.Tensor | None,
     weight: torch.Tensor,
     _group: dist.ProcessGroup,
-    needed: Sequence[bool],
+    x_needed: bool,
 ) -> Gradients:
     """Return the gradients of `matmul_all_reduce`: those of this rank's own product."""
-    return gradient @ weight if needed[0] else None, gradient.t() @ x if needed[1] else None
+    return gradient @ weight if x_needed else None, None if x is None else gradient.t() @ x

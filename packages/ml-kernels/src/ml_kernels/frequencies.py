@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from ml_kernels.checks import require
+from ml_kernels.checks import check_finite, check_integer, check_tensor, require
 
 
 class RotaryFrequencies(NamedTuple):
@@ -38,6 +38,7 @@ def rotary_frequencies(dim: int, base: float = 10000.0) -> RotaryFrequencies:
 
     Raises:
         ValueError: An argument is out of its range.
+        TypeError: A number of channels or positions is no int.
     """
     _check("rotary_frequencies", dim, base)
     return RotaryFrequencies(_plain(dim, base), 1.0)
@@ -53,6 +54,7 @@ def linear_frequencies(dim: int, base: float = 10000.0, *, factor: float) -> Rot
 
     Raises:
         ValueError: An argument is out of its range.
+        TypeError: A number of channels or positions is no int.
     """
     _check("linear_frequencies", dim, base, factor)
     return RotaryFrequencies(_plain(dim, base) / factor, 1.0)
@@ -78,10 +80,12 @@ def dynamic_ntk_frequencies(
 
     Raises:
         ValueError: An argument is out of its range.
+        TypeError: A number of channels or positions is no int.
     """
     name, original = "dynamic_ntk_frequencies", original_max_position_embeddings
     _check(name, dim, base, factor, original)
     require(dim > 2, name, "dim", dim, "must be above 2, the exponent is dim / (dim - 2)")
+    check_integer(name, "seq_length", seq_length)
     require(seq_length > 0, name, "seq_length", seq_length, "must be positive")
     length = max(seq_length, original)
     stretch = (factor * length / original) - (factor - 1)
@@ -110,9 +114,11 @@ def llama3_frequencies(
 
     Raises:
         ValueError: An argument is out of its range.
+        TypeError: A number of channels or positions is no int.
     """
     name, original = "llama3_frequencies", original_max_position_embeddings
     _check(name, dim, base, factor, original)
+    check_finite(name, low_freq_factor=low_freq_factor, high_freq_factor=high_freq_factor)
     require(low_freq_factor > 0, name, "low_freq_factor", low_freq_factor, "must be positive")
     if high_freq_factor <= low_freq_factor:
         raise ValueError(
@@ -158,9 +164,11 @@ def yarn_frequencies(
 
     Raises:
         ValueError: An argument is out of its range.
+        TypeError: A number of channels or positions is no int.
     """
     name, original = "yarn_frequencies", original_max_position_embeddings
     _check(name, dim, base, factor, original)
+    check_finite(name, beta_fast=beta_fast, beta_slow=beta_slow)
     require(beta_slow > 0, name, "beta_slow", beta_slow, "must be positive")
     if beta_fast <= beta_slow:
         raise ValueError(f"{name}: beta_fast {beta_fast}: must be above beta_slow ({beta_slow})")
@@ -171,8 +179,11 @@ def yarn_frequencies(
         low, high = math.floor(low), math.ceil(high)
     kept = 1 - _ramp(max(low, 0), min(high, dim - 1), dim // 2)
     inverse = interpolated * (1 - kept) + extrapolated * kept
+    for argument, value in (("mscale", mscale), ("mscale_all_dim", mscale_all_dim)):
+        require(0 <= value < math.inf, name, argument, value, "must be at least 0, and finite")
     if attention_factor is None:
         attention_factor = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
+    check_finite(name, attention_factor=attention_factor)
     return RotaryFrequencies(inverse, attention_factor)
 
 
@@ -199,8 +210,10 @@ def rotary_angles(
 
     Raises:
         ValueError: An argument is not a vector, or they are on different devices.
+        TypeError: An argument is no tensor.
     """
     for argument, given in (("frequencies", frequencies), ("positions", positions)):
+        check_tensor("rotary_angles", argument, given)
         require(given.dim() == 1, "rotary_angles", argument, tuple(given.shape), "must be a vector")
     if frequencies.device != positions.device:
         raise ValueError(
@@ -213,6 +226,9 @@ def rotary_angles(
 
 
 def _check(name: str, dim: int, base: float, factor: float = 1.0, original_length: int = 1) -> None:
+    check_integer(name, "dim", dim)
+    check_integer(name, "original_max_position_embeddings", original_length)
+    check_finite(name, base=base, factor=factor)
     require(dim > 0 and dim % 2 == 0, name, "dim", dim, "must be even and positive")
     require(base > 1, name, "base", base, "must be above 1")
     require(factor >= 1, name, "factor", factor, "must be at least 1")

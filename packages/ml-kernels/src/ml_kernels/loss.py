@@ -18,8 +18,10 @@ from torch.nn import functional as F
 from ml_kernels.checks import (
     check_floating,
     check_group,
+    check_integer,
     check_same_device,
     check_same_dtype,
+    check_tensor,
     require,
 )
 from ml_kernels.dispatch import Backend, implementation
@@ -223,6 +225,8 @@ def _check_target(
     ignore_index: int,
     group: ProcessGroup | None,
 ) -> None:
+    check_tensor(operator, "target", target)
+    check_integer(operator, "ignore_index", ignore_index)
     require(
         target.shape == like.shape[:-1],
         operator,

@@ -14,11 +14,55 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from ml_kernels.activation import Approximation, geglu, gelu, swiglu
-from ml_kernels.norm import add_rms_norm, layer_norm, rms_norm
+from ml_kernels.activation import Approximation, check_approximation, geglu, gelu, swiglu
+from ml_kernels.checks import check_integer, require
+from ml_kernels.norm import add_rms_norm, check_eps, layer_norm, rms_norm
 
 
-class RMSNorm(nn.Module):
+class _Norm(nn.Module):
+    """What the norms have in common: a weight, and Megatron's mark on the parameters."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float,
+        unit_offset: bool | None,
+        config: Any,
+        device: torch.device | str | int | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        check_integer(name, "hidden_size", hidden_size)
+        require(hidden_size >= 0, name, "hidden_size", hidden_size, "must not be negative")
+        check_eps(name, eps)
+        self.hidden_size, self.eps = hidden_size, eps
+        self.unit_offset = _unit_offset(config) if unit_offset is None else unit_offset
+        self.sequence_parallel = None if config is None else bool(config.sequence_parallel)
+        start = 0.0 if self.unit_offset else 1.0
+        self.weight = _parameter(hidden_size, start, config, device, dtype)
+        self._mark()
+
+    def _mark(self) -> None:
+        """Mark the parameters for Megatron, which looks for an attribute no Parameter declares.
+
+        It sums the gradients of such parameters over the tensor-parallel ranks, each of which sees
+        only its part of the sequence.
+        """
+        if self.sequence_parallel is not None:
+            for parameter in self.parameters():
+                parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._mark()  # copy.deepcopy makes parameters anew
+
+    def extra_repr(self) -> str:
+        """Show the size and the options in the module's text."""
+        return f"{self.hidden_size}, eps={self.eps}, unit_offset={self.unit_offset}"
+
+
+class RMSNorm(_Norm):
     """Root mean square norm with a learned weight; see `ml_kernels.rms_norm`."""
 
     def __init__(
@@ -42,12 +86,12 @@ class RMSNorm(nn.Module):
                 `sequence_parallel`.
             device: None means torch's default, or with a config where Megatron creates parameters.
             dtype: None means torch's default, or with a config `config.params_dtype`.
+
+        Raises:
+            ValueError: `hidden_size` or `eps` is negative.
+            TypeError: `hidden_size` is no int.
         """
-        super().__init__()
-        self.hidden_size, self.eps = hidden_size, eps
-        self.unit_offset = _unit_offset(config) if unit_offset is None else unit_offset
-        start = 0.0 if self.unit_offset else 1.0
-        self.weight = _parameter(hidden_size, start, config, device, dtype)
+        super().__init__(hidden_size, eps, unit_offset, config, device, dtype)
 
     @overload
     def forward(self, hidden: torch.Tensor) -> torch.Tensor: ...
@@ -67,12 +111,8 @@ class RMSNorm(nn.Module):
             hidden, residual, self.weight, eps=self.eps, unit_offset=self.unit_offset
         )
 
-    def extra_repr(self) -> str:
-        """Show the size and the options in the module's text."""
-        return f"{self.hidden_size}, eps={self.eps}, unit_offset={self.unit_offset}"
 
-
-class LayerNorm(nn.Module):
+class LayerNorm(_Norm):
     """Layer norm with a learned weight and bias; see `ml_kernels.layer_norm`."""
 
     def __init__(
@@ -96,22 +136,19 @@ class LayerNorm(nn.Module):
             config: See `RMSNorm`.
             device: See `RMSNorm`.
             dtype: See `RMSNorm`.
+
+        Raises:
+            ValueError: `hidden_size` or `eps` is negative.
+            TypeError: `hidden_size` is no int.
         """
-        super().__init__()
-        self.hidden_size, self.eps = hidden_size, eps
-        self.unit_offset = _unit_offset(config) if unit_offset is None else unit_offset
-        start = 0.0 if self.unit_offset else 1.0
-        self.weight = _parameter(hidden_size, start, config, device, dtype)
+        super().__init__(hidden_size, eps, unit_offset, config, device, dtype)
         self.bias = _parameter(hidden_size, 0.0, config, device, dtype) if bias else None
+        self._mark()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalise `(..., H)` over its last dimension."""
         weight = self.weight + 1 if self.unit_offset else self.weight
         return layer_norm(hidden, weight, self.bias, eps=self.eps)
-
-    def extra_repr(self) -> str:
-        """Show the size and the options in the module's text."""
-        return f"{self.hidden_size}, eps={self.eps}, unit_offset={self.unit_offset}"
 
 
 class SwiGLU(nn.Module):
@@ -134,6 +171,7 @@ class GEGLU(nn.Module):
         """Check that `config`, a megatron-core TransformerConfig, asks for nothing else."""
         super().__init__()
         _refuse_variants("GEGLU", config)
+        check_approximation("GEGLU", approximate)
         self.approximate: Approximation = approximate
 
     def forward(self, gate_and_up: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -152,6 +190,7 @@ class GELU(nn.Module):
         """Check that `config`, a megatron-core TransformerConfig, asks for nothing else."""
         super().__init__()
         _refuse_variants("GELU", config)
+        check_approximation("GELU", approximate)
         self.approximate: Approximation = approximate
 
     def forward(self, hidden: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -180,11 +219,7 @@ def _parameter(
         on_cpu = getattr(config, "use_cpu_initialization", False)
         device = "cpu" if on_cpu else torch.cuda.current_device()
     full = torch.full((size,), value, device=device, dtype=dtype or config.params_dtype)
-    parameter = nn.Parameter(full)
-    # megatron-core sums the gradients of such parameters over the tensor-parallel ranks, each of
-    # which sees only its part of the sequence. It looks for an attribute no Parameter declares.
-    parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-    return parameter
+    return nn.Parameter(full)
 
 
 def _refuse_variants(name: str, config: Any) -> None:

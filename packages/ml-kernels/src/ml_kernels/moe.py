@@ -14,7 +14,15 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from ml_kernels.checks import check_floating, check_same_device, check_same_dtype, require
+from ml_kernels.checks import (
+    check_finite,
+    check_floating,
+    check_integer,
+    check_same_device,
+    check_same_dtype,
+    check_tensor,
+    require,
+)
 from ml_kernels.dispatch import Backend, BackendUnavailableError, implementation
 from ml_kernels.linear_layer import as_autocast_has
 
@@ -84,7 +92,7 @@ def topk_gating(
 
     Raises:
         ValueError: Sizes do not fit or options contradict each other.
-        TypeError: A tensor is not floating point.
+        TypeError: A tensor is not floating point, or a number of experts or groups is no int.
         BackendUnavailableError: The named backend cannot compute this.
     """
     gating = Gating(
@@ -108,7 +116,8 @@ def moe_permute(
 
     Args:
         tokens: `(T, H)`, any floating dtype.
-        indices: `(T, K)` integers: the experts of each token, at least 0.
+        indices: `(T, K)` integers: the experts of each token, at least 0. That is checked on a CPU
+            only: elsewhere looking would wait for the device.
         backend: Force an implementation by name.
 
     Returns:
@@ -124,6 +133,7 @@ def moe_permute(
     require(
         tokens.dim() == 2, "moe_permute", "tokens", tuple(tokens.shape), "must be (tokens, hidden)"
     )
+    _check_integers("moe_permute", "indices", indices)
     require(
         indices.dim() == 2 and indices.shape[0] == tokens.shape[0],
         "moe_permute",
@@ -131,8 +141,8 @@ def moe_permute(
         tuple(indices.shape),
         f"must be ({tokens.shape[0]}, choices), a row for each token",
     )
-    _check_integers("moe_permute", "indices", indices)
     check_same_device("moe_permute", "indices", indices, tokens)
+    _check_range("moe_permute", "indices", indices, None)
     permuted, order = implementation("moe_permute", tokens, backend)(tokens, indices)
     return permuted, order
 
@@ -148,7 +158,7 @@ def moe_unpermute(
 
     Args:
         permuted: `(T * K, H)` in the order of `moe_permute`, any floating dtype.
-        order: `(T * K,)`, what `moe_permute` returned.
+        order: `(T * K,)`, what `moe_permute` returned; on a CPU it is checked to name rows.
         probs: `(T, K)`, any floating dtype; products and sums are taken in float32. None where
             each token has one expert, whose row is returned as it is.
         backend: Force an implementation by name.
@@ -171,6 +181,7 @@ def moe_unpermute(
         f"must be ({rows}, hidden), a row for each entry of order {tuple(order.shape)}",
     )
     check_same_device("moe_unpermute", "order", order, permuted)
+    _check_range("moe_unpermute", "order", order, rows)
     if probs is not None:
         check_floating("moe_unpermute", "probs", probs)
         check_same_device("moe_unpermute", "probs", probs, permuted)
@@ -320,6 +331,8 @@ def _check_gating(
     check_floating(name, "logits", logits)
     require(logits.dim() == 2, name, "logits", tuple(logits.shape), "must be (tokens, experts)")
     experts = logits.shape[1]
+    check_integer(name, "k", gating.k)
+    check_finite(name, scaling_factor=gating.scaling_factor)
     require(1 <= gating.k <= experts, name, "k", gating.k, f"must be 1 to {experts}, the experts")
     for argument, choices in (("score", Score), ("order", Order), ("group_score", GroupScore)):
         value = getattr(gating, argument)
@@ -349,6 +362,8 @@ def _check_groups(experts: int, gating: Gating) -> None:
     if groups is None or kept is None:
         require(groups is kept, name, "num_groups", groups, f"needs group_topk, which is {kept}")
         return
+    check_integer(name, "num_groups", groups)
+    check_integer(name, "group_topk", kept)
     require(
         groups > 0 and experts % groups == 0,
         name,
@@ -375,12 +390,24 @@ def _check_groups(experts: int, gating: Gating) -> None:
 
 
 def _check_integers(operator: str, argument: str, tensor: torch.Tensor) -> None:
+    check_tensor(operator, argument, tensor)
     if tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{operator}: {argument} is {tensor.dtype}: must be int32 or int64")
 
 
+def _check_range(operator: str, argument: str, tensor: torch.Tensor, end: int | None) -> None:
+    """Check that integers on a CPU are in `[0, end)`."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or not tensor.numel():
+        return
+    lowest, highest = (int(value) for value in torch.aminmax(tensor))
+    require(lowest >= 0, operator, argument, lowest, "must not be negative")
+    rule = f"must be below {end}, the number of rows"
+    require(end is None or highest < end, operator, argument, highest, rule)
+
+
 def _check_group_sizes(x: torch.Tensor, weight: torch.Tensor, group_sizes: torch.Tensor) -> None:
     name = "grouped_matmul"
+    check_tensor(name, "group_sizes", group_sizes)
     if group_sizes.dtype != torch.int64:
         raise TypeError(f"{name}: group_sizes is {group_sizes.dtype}: must be int64")
     require(

@@ -123,6 +123,15 @@ def _check(operator: str, x: torch.Tensor, weight: torch.Tensor, eps: float) -> 
     require(x.dim() > 0, operator, "x", (), "must have at least one dimension")
     check_floating(operator, "weight", weight)
     check_weight(operator, "weight", weight, x)
+    check_eps(operator, eps)
+
+
+def check_eps(operator: str, eps: float) -> None:
+    """Refuse what may make a mean square negative.
+
+    Raises:
+        ValueError: It may.
+    """
     require(0 <= eps < math.inf, operator, "eps", eps, "must be at least 0, and finite")
 
 

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from ml_kernels.checks import check_floating, check_same_device, require
+from ml_kernels.checks import (
+    check_finite,
+    check_floating,
+    check_integer,
+    check_same_device,
+    check_tensor,
+    require,
+)
 from ml_kernels.dispatch import Backend, implementation
 
 
@@ -46,7 +53,7 @@ def adamw(
 
     Raises:
         ValueError: The lists differ in length, shapes or devices, or a number is out of range.
-        TypeError: The dtypes do not fit.
+        TypeError: The dtypes do not fit, or something has another type.
     """
     _check_numbers(step, lr, beta1, beta2, eps, weight_decay)
     _check_lists(params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
@@ -85,15 +92,19 @@ def adamw_reference(
 def _check_numbers(
     step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
 ) -> None:
+    check_integer("adamw", "step", step)
     require(step >= 1, "adamw", "step", step, "must be 1 at the first step, then 2, ...")
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         require(0 <= beta < 1, "adamw", name, beta, "must be in [0, 1)")
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         require(value >= 0, "adamw", name, value, "must not be negative")
+        check_finite("adamw", **{name: value})
 
 
 def _check_lists(params: Sequence[torch.Tensor], **others: Sequence[torch.Tensor]) -> None:
-    for name, tensors in others.items():
+    for name, tensors in {"params": params, **others}.items():
+        if isinstance(tensors, torch.Tensor):
+            raise TypeError(f"adamw: {name} is a Tensor: must be a list of tensors")
         rule = f"must be {len(params)}, like params"
         require(len(tensors) == len(params), "adamw", f"{name} of length", len(tensors), rule)
     for i, param in enumerate(params):
@@ -104,6 +115,7 @@ def _check_lists(params: Sequence[torch.Tensor], **others: Sequence[torch.Tensor
 
 
 def _check_like(name: str, i: int, tensor: torch.Tensor, param: torch.Tensor) -> None:
+    check_tensor("adamw", f"{name}[{i}]", tensor)
     if tensor.dtype not in (param.dtype, torch.float32):
         rule = f"must be {param.dtype} like params[{i}], or torch.float32"
         raise TypeError(f"adamw: {name}[{i}] is {tensor.dtype}: {rule}")

@@ -83,10 +83,10 @@ def _multiply_and_scatter(
 
 def _scattered_backward(
     gradient: torch.Tensor,
-    x: torch.Tensor,
+    x: torch.Tensor | None,
     weight: torch.Tensor,
     group: dist.ProcessGroup,
-    needed: Sequence[bool],
+    x_needed: bool,
 ) -> Gradients:
     """Gather the gradient and multiply: the ring of `_gather_and_multiply`, but keep the parts."""
     ranks, me = group.size(), group.rank()
@@ -95,10 +95,10 @@ def _scattered_backward(
     landing = [gathered[(me - step) % ranks] for step in range(1, ranks)]
     of_x = gradient.new_empty(ranks, gradient.shape[0], weight.shape[1])
     for rank, part in _around(gathered[me], landing, group):
-        if needed[0]:
+        if x_needed:
             torch.mm(part, weight, out=of_x[rank])
-    of_weight = gathered.flatten(0, 1).t() @ x if needed[1] else None
-    return of_x.flatten(0, 1) if needed[0] else None, of_weight
+    of_weight = None if x is None else gathered.flatten(0, 1).t() @ x
+    return of_x.flatten(0, 1) if x_needed else None, of_weight
 
 
 def _multiply_and_reduce(

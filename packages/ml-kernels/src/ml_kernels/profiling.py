@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
-from ml_kernels.checks import require
+from ml_kernels.checks import check_integer, require
 from ml_kernels.device import DeviceType, why_unavailable
 from ml_kernels.dispatch import BackendUnavailableError
 
@@ -87,10 +87,15 @@ def profiler(
         metadata: Goes into the trace under the key `distributed_args`.
 
     Raises:
-        ValueError: The level is unknown or the steps are not in order.
+        ValueError: The level or the device is unknown, or the steps are not in order.
+        TypeError: A step is no int.
         BackendUnavailableError: The device cannot be used here.
     """
     require(level in get_args(Level), "profiler", "level", level, f"must be of {get_args(Level)}")
+    devices = get_args(DeviceType)
+    require(device in devices, "profiler", "device", repr(device), f"must be of {devices}")
+    check_integer("profiler", "step_start", step_start)
+    check_integer("profiler", "step_end", step_end)
     require(step_start >= 0, "profiler", "step_start", step_start, "must not be negative")
     rule = f"must be after step_start ({step_start})"
     require(step_end > step_start, "profiler", "step_end", step_end, rule)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from ml_kernels.checks import check_floating, check_same_device
+from ml_kernels.checks import check_finite, check_floating, check_same_device
 from ml_kernels.dispatch import Backend, implementation
 
 
@@ -40,10 +40,12 @@ def rotary_embedding(
         The shape and dtype of `x`; channels from `R` on are unchanged.
 
     Raises:
-        ValueError: The shapes do not fit together, or the tensors are on different devices.
+        ValueError: The shapes do not fit together, the tensors are on different devices, or the
+            scale is not finite.
         TypeError: `x` is not floating point, or the angles are neither float32 nor float64.
     """
     _check(x, angles)
+    check_finite("rotary_embedding", scale=scale)
     return implementation("rotary_embedding", x, backend)(x, angles, interleaved, scale)
 
 

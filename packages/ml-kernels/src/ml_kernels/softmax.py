@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ml_kernels.checks import check_floating, check_same_device, require
+from ml_kernels.checks import check_finite, check_floating, check_same_device, check_tensor, require
 from ml_kernels.dispatch import Backend, BackendUnavailableError, implementation
 
 
@@ -22,7 +22,8 @@ def scaled_masked_softmax(
 
     Args:
         x: `(B, N, Sq, Sk)`; the softmax is taken in float32 and rounded once.
-        mask: bool, broadcastable to `x`, True where a key is hidden; or None.
+        mask: bool, broadcastable to `x`, True where a key is hidden; or None. A visible score must
+            be above the lowest float32: one that is not counts like a hidden one.
         scale: Factor of the scores.
         backend: Force an implementation by name. An NPU's kernel takes lengths that are multiples
             of 32 up to 4096: others go through torch's formula, or are refused if "npu" is named.
@@ -31,14 +32,16 @@ def scaled_masked_softmax(
         `(B, N, Sq, Sk)` in the dtype of `x`; 0 in a row whose keys are all hidden.
 
     Raises:
-        ValueError: Shapes or devices do not fit.
-        TypeError: `x` is not floating point or `mask` is not bool.
+        ValueError: Shapes or devices do not fit, or the scale is not finite.
+        TypeError: `x` is not floating point or `mask` is no bool tensor.
         BackendUnavailableError: The named backend cannot compute this.
     """
     operator = "scaled_masked_softmax"
     check_floating(operator, "x", x)
     require(x.dim() == 4, operator, "x", tuple(x.shape), "must be (B, N, Sq, Sk)")
+    check_finite(operator, scale=scale)
     if mask is not None:
+        check_tensor(operator, "mask", mask)
         if mask.dtype != torch.bool:
             raise TypeError(f"{operator}: mask is {mask.dtype}: must be torch.bool, True = hidden")
         check_same_device(operator, "mask", mask, x)

@@ -14,7 +14,6 @@ Shapes: `R` rows of the whole group, `tp` ranks, `I` and `O` inner and outer wid
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -114,13 +113,13 @@ def _multiply_and_scatter(
 
 def _scattered_backward(
     gradient: torch.Tensor,
-    x: torch.Tensor,
+    x: torch.Tensor | None,
     weight: torch.Tensor,
     group: dist.ProcessGroup,
-    needed: Sequence[bool],
+    x_needed: bool,
 ) -> Gradients:
     of_x, gathered = _gathered(gradient, weight, group, keep=True)
-    return of_x if needed[0] else None, gathered.t() @ x if needed[1] else None
+    return of_x if x_needed else None, None if x is None else gathered.t() @ x
 
 
 def _multiply_and_reduce(
