@@ -12,6 +12,7 @@ from training_job import LAYOUTS, UNTIED, Job, Rank, assemble
 
 from ml_models.dropout import Dropout
 from ml_parallel.testing import run_ranks
+from ml_parallel.topology import Topology
 from ml_train.config import Adam
 
 TIED = dataclasses.replace(UNTIED, untie_embeddings_and_output_weights=False, add_qkv_bias=True)
@@ -61,6 +62,20 @@ def test_gradients_agree_with_the_single_process(layout):
     for name, expected in single_gradients().items():
         scale = float(expected.abs().max())
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("layout", ["one process", "tp2", "pp2", "pp2 vpp", "dp2 dist"])
+@pytest.mark.parametrize("arch", [UNTIED, TIED], ids=["untied", "tied"])
+def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding(arch, layout):
+    """An embedding that is the output layer as well is counted once, not twice."""
+    world_size, topology = LAYOUTS.get(layout, (1, Topology()))
+    job = Job(arch=arch, topology=topology, dtype=torch.bfloat16)
+    found = assemble(
+        run_ranks(gradients, world_size, job), arch, topology.tensor_model_parallel_size
+    )
+    for name, expected in single_gradients(arch).items():
+        error = torch.linalg.vector_norm(found[name] - expected)
+        assert error < 0.05 * torch.linalg.vector_norm(expected), name
 
 
 def evaluations(job):

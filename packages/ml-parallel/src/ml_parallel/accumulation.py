@@ -26,6 +26,10 @@ def accumulate_in_blocks(module: torch.nn.Module) -> None:
         main = getattr(parameter, "main_grad", None)
         if main is None or parameter.device.type != "cpu" or parameter.dtype == main.dtype:
             continue
+        # megatron-core asks for this where an embedding is also the output layer, for its fused
+        # kernel, whose gradients hold nothing. There is none on a CPU, and gradients that are
+        # added here would be added again.
+        parameter.zero_out_wgrad = False  # type: ignore[attr-defined]
         parameter.register_post_accumulate_grad_hook(_add)  # type: ignore[no-untyped-call]
 
 
