@@ -41,7 +41,7 @@ def _marks(operator, device, backend):
 def random(*shape, dtype=torch.float32, seed=0, device="cpu"):
     """Return a leaf of normal numbers, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_()
+    return torch.randn(shape, generator=generator, device="cpu").to(device, dtype).requires_grad_()
 
 
 def with_gradients(function, inputs):

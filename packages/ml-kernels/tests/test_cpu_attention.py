@@ -7,7 +7,9 @@ import torch
 from attention_formula import SLOPES, tensors, to_layout
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_memory import peak_bytes
 from oracle import assert_near, random, with_gradients
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ml_kernels import flash_attention
 from ml_kernels.cpu import attention, causal, flash
@@ -272,7 +274,30 @@ def test_a_window_never_meets_the_keys_it_does_not_see(monkeypatch):
     flash_attention(*tensors(64, 64), layout="BNSD", causal=True, window=8)
     sizes = [(t.queries.stop - t.queries.start, t.keys.stop - t.keys.start) for t in tiles]
     assert sizes == [(16, 16), *[(16, 16 + 8 - 1)] * 3]
-    assert tiles[1].bias is tiles[2].bias
+    assert len({tile.bias.untyped_storage().data_ptr() for tile in tiles[1:4]}) == 1
+
+
+def test_fewer_queries_than_keys_need_no_bias_as_large_as_the_scores():
+    def attend():
+        flash_attention(*(t.detach() for t in tensors(2048, 4096)), layout="BNSD", causal=True)
+
+    assert peak_bytes(attend) < 2048 * 4096 * 4 / 2
+
+
+@pytest.mark.parametrize("options", [{"window": 3}, {"mask": torch.eye(5).bool()}])
+def test_biases_are_gone_after_the_backward_pass(options):
+    packed = []
+    sinks = torch.zeros(4, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        out = flash_attention(*tensors(), layout="BNSD", causal=True, sinks=sinks, **options)
+    (bias,) = (t for t in packed if t.shape[-2:] == (5, 5))
+    storage = StorageWeakRef(bias.untyped_storage())
+    packed.clear()
+    del bias
+    assert not storage.expired()
+    out.sum().backward()
+    assert storage.expired()
+    del out
 
 
 def test_torchs_own_derivative_is_used_where_nothing_is_added(monkeypatch):

@@ -614,3 +614,18 @@ def test_other_gradients_are_those_of_the_formula(layout):
     expected = torch.autograd.grad(out, inputs, torch.ones_like(out))
     known = (t.detach() for t in (*inputs, out, lse))
     assert_near(flash_attention_backward(torch.ones_like(out), *known, **options), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"mask": torch.eye(5).bool()}, {"dropout_p": 0.1}])
+def test_sdpa_keeps_float32_under_autocast(options):
+    inputs = [t.detach() for t in tensors()]
+
+    def attend():
+        torch.manual_seed(0)
+        return flash_attention(*inputs, layout="BNSD", **options)
+
+    expected = attend()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend()
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import typing
 
 import pytest
 
@@ -28,3 +29,17 @@ def test_every_public_name_is_there_and_documented(name):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'ml_kernels' has no attribute 'tea'"):
         _ = ml_kernels.tea
+
+
+def test_public_names_are_completed_before_they_are_loaded():
+    script = "import ml_kernels; print(*set(ml_kernels.__all__) - set(dir(ml_kernels)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "")
+
+
+FUNCTIONS = [name for name in ml_kernels.__all__ if name.islower()]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_types_of_a_function_are_known_at_run_time(name):
+    assert typing.get_type_hints(getattr(ml_kernels, name))

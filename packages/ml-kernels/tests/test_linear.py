@@ -76,6 +76,15 @@ def test_autocast_is_followed_as_torch_does():
     assert_near([found], [expected])
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # by switching it
+def test_onednn_is_not_used_where_it_is_switched_off(monkeypatch):
+    monkeypatch.setattr(cpu, "_FEW", 1)
+    monkeypatch.setattr(cpu, "_prefers_onednn", lambda: True)
+    monkeypatch.setattr(cpu, "_product", lambda _a, _b: pytest.fail("switched off"))
+    with torch.backends.mkldnn.flags(enabled=False):
+        ml_kernels.linear(random(4, 24), random(16, 24))
+
+
 def test_small_products_are_left_to_torch(monkeypatch):
     monkeypatch.setattr(cpu, "_prefers_onednn", lambda: True)
     monkeypatch.setattr(cpu, "_product", lambda _a, _b: pytest.fail("too small for it"))

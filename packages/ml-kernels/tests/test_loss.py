@@ -290,9 +290,8 @@ def test_second_derivatives_of_a_cut_vocabulary_are_refused():
             group=torch.distributed.group.WORLD,
             backend="reference",
         )
-        (gradient,) = torch.autograd.grad(losses.sum(), logits, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            gradient.square().sum().backward()
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            torch.autograd.grad(losses.sum(), logits, create_graph=True)
 
     run_ranks(compute, 2)
 

@@ -110,6 +110,27 @@ def test_a_copy_and_a_file_keep_megatrons_mark(module, tmp_path):
 
 
 @pytest.mark.parametrize("module", NORMS)
+def test_parameters_that_are_made_anew_keep_megatrons_mark(module):
+    norm, other = (module(config=Config(), hidden_size=8, device=d) for d in ("meta", "cpu"))
+    norm.to_empty(device="cpu")
+    assert all(parameter.sequence_parallel for parameter in norm.parameters())
+    norm.load_state_dict(other.state_dict(), assign=True)
+    assert all(parameter.sequence_parallel for parameter in norm.parameters())
+
+
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("module", NORMS)
+def test_a_norm_made_on_meta_starts_as_the_identity_when_it_is_reset(module, unit_offset):
+    made = module(8, unit_offset=unit_offset)
+    later = module(8, unit_offset=unit_offset, device="meta").to_empty(device="cpu")
+    for parameter in later.parameters():
+        torch.nn.init.constant_(parameter, 7.0)
+    later.reset_parameters()
+    for name, parameter in made.state_dict().items():
+        assert torch.equal(later.state_dict()[name], parameter)
+
+
+@pytest.mark.parametrize("module", NORMS)
 def test_with_a_config_parameters_are_made_on_megatrons_current_device(module, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: "meta")
     config = Config(use_cpu_initialization=False)

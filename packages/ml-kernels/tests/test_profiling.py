@@ -84,6 +84,11 @@ def test_wrong_options_are_refused(options, message):
         ml_kernels.profiler(**{"device": "cpu", **options})
 
 
+def test_metadata_that_json_does_not_know_is_named():
+    with pytest.raises(TypeError, match=r"profiler: metadata .*torch.float32.*: Object of type"):
+        ml_kernels.profiler(device="cpu", metadata={"dtype": torch.float32})
+
+
 def test_steps_are_counted_in_whole_numbers():
     with pytest.raises(TypeError, match=r"profiler: step_end 3\.5: must be an int"):
         ml_kernels.profiler(device="cpu", step_start=1, step_end=3.5)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         rotary_angles,
         rotary_frequencies,
         yarn_frequencies,
+        yarn_mscale,
     )
     from ml_kernels.linear_layer import linear
     from ml_kernels.loss import cross_entropy, linear_cross_entropy
@@ -85,6 +86,7 @@ _MODULES = {
     "topk_gating": "moe",
     "why_not": "dispatch",
     "yarn_frequencies": "frequencies",
+    "yarn_mscale": "frequencies",
 }
 
 __all__ = [
@@ -130,6 +132,7 @@ __all__ = [
     "topk_gating",
     "why_not",
     "yarn_frequencies",
+    "yarn_mscale",
 ]
 
 
@@ -139,3 +142,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,7 +9,6 @@ the last query at the last key, as decoding with a cache needs it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, overload
 
 import torch
@@ -17,6 +16,7 @@ import torch
 from ml_kernels.alibi import AlibiForm, alibi_bias
 from ml_kernels.attention_call import AttentionCall, Result, hidden_keys
 from ml_kernels.attention_checks import checked_call
+from ml_kernels.autocast import without_autocast
 from ml_kernels.dispatch import Backend, implementation
 from ml_kernels.layouts import Layout, from_heads_first, heads_first
 
@@ -149,13 +149,6 @@ def attention_reference(
         out = torch.einsum("bnqk,bnkd->bnqd", weights, v).to(query.dtype)
     out = from_heads_first(out, call.layout)
     return (out, lse) if call.return_lse else out
-
-
-def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Let products on the device of a tensor keep their dtype: autocast would narrow float32."""
-    device = tensor.device.type
-    known = torch.amp.is_autocast_available(device)  # not for meta tensors
-    return torch.autocast(device, enabled=False) if known else nullcontext()
 
 
 def wide_heads(

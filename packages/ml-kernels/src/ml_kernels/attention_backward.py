@@ -14,9 +14,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ml_kernels.attention import masked_scores, wide_heads, without_autocast
+from ml_kernels.attention import masked_scores, wide_heads
 from ml_kernels.attention_call import AttentionCall
 from ml_kernels.attention_checks import check_known, checked_call
+from ml_kernels.autocast import without_autocast
 from ml_kernels.dispatch import Backend, implementation
 from ml_kernels.layouts import Layout, from_heads_first, heads_first
 

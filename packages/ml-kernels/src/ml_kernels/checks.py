@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import distributed
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def require(condition: bool, operator: str, argument: str, value: object, rule: str) -> None:
@@ -20,6 +21,16 @@ def require(condition: bool, operator: str, argument: str, value: object, rule: 
     """
     if not condition:
         raise ValueError(f"{operator}: {argument} {value}: {rule}")
+
+
+def may_look_at(tensor: torch.Tensor) -> bool:
+    """Say whether the values of a tensor can be checked at no cost: real ones, on the CPU.
+
+    An accelerator would have to be waited for, a graph that is traced would break, and a fake
+    tensor has none.
+    """
+    fake = isinstance(tensor, FakeTensor)
+    return tensor.device.type == "cpu" and not fake and not torch.compiler.is_compiling()
 
 
 def check_integer(operator: str, argument: str, value: object) -> None:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import distributed
-from torch.autograd.function import once_differentiable
 
+from ml_kernels.derivatives import once_differentiable
 from ml_kernels.loss import factor_of
 
 if TYPE_CHECKING:

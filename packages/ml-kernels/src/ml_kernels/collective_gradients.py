@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from ml_kernels.collective_matmul import start_all_gather, start_reduce_scatter
+from ml_kernels.derivatives import once_differentiable
 
 Product = Callable[[torch.Tensor, torch.Tensor, dist.ProcessGroup], torch.Tensor]
 """Of x and weight; see the public functions of `collective_matmul` for the shapes."""

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ml_kernels.autocast import as_autocast_has
 from ml_kernels.checks import (
     check_floating,
     check_group,
@@ -26,8 +26,8 @@ from ml_kernels.checks import (
     check_same_dtype,
     require,
 )
+from ml_kernels.derivatives import once_differentiable
 from ml_kernels.dispatch import Backend, implementation
-from ml_kernels.linear_layer import as_autocast_has
 
 
 def all_gather_matmul(

@@ -55,6 +55,11 @@ def adamw(
     tensors of one dtype, and walks through their memory without looking at strides: whatever does
     not fit goes through the reference.
     """
+    if torch.compiler.is_compiling():  # into one kernel, of the formula
+        adamw_reference(
+            params, grads, exp_avgs, exp_avg_sqs, step, lr, beta1, beta2, eps, weight_decay
+        )
+        return
     by_dtype: dict[torch.dtype | None, list[tuple[torch.Tensor, ...]]] = defaultdict(list)
     for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
         by_dtype[_common_dtype(tensors)].append(tensors)

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from ml_kernels.derivatives import once_differentiable
 
 
 class Kernels(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from ml_kernels.autocast import as_autocast_has
 from ml_kernels.checks import check_floating, check_same_device, check_same_dtype, require
 from ml_kernels.dispatch import Backend, implementation
 
@@ -64,14 +65,3 @@ def linear_reference(
 ) -> torch.Tensor:
     """Torch's own."""
     return F.linear(x, weight, bias)
-
-
-def as_autocast_has(tensor: torch.Tensor) -> torch.Tensor:
-    """Cast a factor of a product as autocast does: all but float64."""
-    if not isinstance(tensor, torch.Tensor):
-        return tensor  # and refuse it later
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return tensor
-    narrow = tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(torch.get_autocast_dtype(device)) if narrow else tensor

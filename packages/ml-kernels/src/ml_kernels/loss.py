@@ -8,13 +8,13 @@ Shapes: `...` tokens, `V` vocabulary of this rank, `H` hidden.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import distributed
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from ml_kernels.autocast import as_autocast_has
 from ml_kernels.checks import (
     check_floating,
     check_group,
@@ -22,13 +22,11 @@ from ml_kernels.checks import (
     check_same_device,
     check_same_dtype,
     check_tensor,
+    may_look_at,
     require,
 )
+from ml_kernels.derivatives import once_differentiable
 from ml_kernels.dispatch import Backend, implementation
-from ml_kernels.linear_layer import as_autocast_has
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 def cross_entropy(
@@ -36,7 +34,7 @@ def cross_entropy(
     target: torch.Tensor,
     *,
     ignore_index: int = -100,
-    group: ProcessGroup | None = None,
+    group: distributed.ProcessGroup | None = None,
     backend: Backend | None = None,
 ) -> torch.Tensor:
     """Return the negative log-likelihood of each target token, in nats.
@@ -47,7 +45,8 @@ def cross_entropy(
             `ignore_index`. A target out of this range is refused on a CPU. On an accelerator that
             check would wait for the device: CUDA stops in a kernel, with a group and on an NPU
             the result is undefined.
-        ignore_index: A target with this value has loss 0 and no gradient.
+        ignore_index: A target with this value has loss 0 and no gradient (but NaN, as from torch,
+            where its logits are).
         group: The ranks over which the vocabulary is cut, in rank order and equal sizes. Every rank
             gets the same losses, and the gradient of its own logits: the upstream gradients of the
             ranks must be equal.
@@ -76,7 +75,7 @@ def linear_cross_entropy(
     token_weights: torch.Tensor | None = None,
     reduction: Literal["mean", "sum"] = "mean",
     ignore_index: int = -100,
-    group: ProcessGroup | None = None,
+    group: distributed.ProcessGroup | None = None,
     backend: Backend | None = None,
 ) -> torch.Tensor:
     """Return the cross entropy of `hidden @ weight.T`, without ever holding all the logits.
@@ -121,7 +120,10 @@ def linear_cross_entropy(
 
 
 def cross_entropy_reference(
-    logits: torch.Tensor, target: torch.Tensor, ignore_index: int, group: ProcessGroup | None
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    ignore_index: int,
+    group: distributed.ProcessGroup | None,
 ) -> torch.Tensor:
     """Torch's fused log-softmax and gather; with a group the formula, summed over its ranks."""
     rows = logits.reshape(-1, logits.shape[-1])
@@ -141,7 +143,7 @@ def linear_cross_entropy_reference(
     token_weights: torch.Tensor | None,
     reduction: str,
     ignore_index: int,
-    group: ProcessGroup | None,
+    group: distributed.ProcessGroup | None,
 ) -> torch.Tensor:
     """The logits of all tokens, their losses and the weighted sum."""
     # An ignored token may hold NaN, which a gradient of 0 would not keep out of the sums.
@@ -166,7 +168,7 @@ def factor_of(
 
 
 def _cut_cross_entropy(
-    rows: torch.Tensor, target: torch.Tensor, group: ProcessGroup
+    rows: torch.Tensor, target: torch.Tensor, group: distributed.ProcessGroup
 ) -> torch.Tensor:
     highest = rows.detach().amax(dim=-1)
     distributed.all_reduce(highest, distributed.ReduceOp.MAX, group)
@@ -183,7 +185,7 @@ class _Summed(torch.autograd.Function):
     """The sum over the ranks, which all of them use alike: Megatron's g."""
 
     @staticmethod
-    def forward(_: Any, x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    def forward(_: Any, x: torch.Tensor, group: distributed.ProcessGroup) -> torch.Tensor:
         x = x.clone()
         distributed.all_reduce(x, group=group)
         return x
@@ -198,7 +200,7 @@ class _Copied(torch.autograd.Function):
     """What all ranks hold alike, and each uses for its own part: Megatron's f."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: distributed.ProcessGroup) -> torch.Tensor:
         ctx.group = group
         return x.view_as(x)
 
@@ -210,7 +212,9 @@ class _Copied(torch.autograd.Function):
         return upstream, None
 
 
-def _of_several(operator: str, group: ProcessGroup | None) -> ProcessGroup | None:
+def _of_several(
+    operator: str, group: distributed.ProcessGroup | None
+) -> distributed.ProcessGroup | None:
     if group is None:
         return None
     check_group(operator, group)
@@ -223,7 +227,7 @@ def _check_target(
     like: torch.Tensor,
     columns: int,
     ignore_index: int,
-    group: ProcessGroup | None,
+    group: distributed.ProcessGroup | None,
 ) -> None:
     check_tensor(operator, "target", target)
     check_integer(operator, "ignore_index", ignore_index)
@@ -238,8 +242,7 @@ def _check_target(
         raise TypeError(f"{operator}: target is {target.dtype}: must be torch.int64")
     check_same_device(operator, "target", target, like)
     require(columns > 0, operator, "vocabulary", columns, "must have an entry at least")
-    looks = target.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looks and target.numel():
+    if may_look_at(target) and target.numel():
         whole = columns if group is None else columns * group.size()
         _check_range(operator, target, whole, ignore_index)
 

@@ -9,7 +9,7 @@ Shapes: hidden states `(..., H)`.
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from torch import nn
 from ml_kernels.activation import Approximation, check_approximation, geglu, gelu, swiglu
 from ml_kernels.checks import check_integer, require
 from ml_kernels.norm import add_rms_norm, check_eps, layer_norm, rms_norm
+
+_N = TypeVar("_N", bound="_Norm")
 
 
 class _Norm(nn.Module):
@@ -39,9 +41,7 @@ class _Norm(nn.Module):
         self.hidden_size, self.eps = hidden_size, eps
         self.unit_offset = _unit_offset(config) if unit_offset is None else unit_offset
         self.sequence_parallel = None if config is None else bool(config.sequence_parallel)
-        start = 0.0 if self.unit_offset else 1.0
-        self.weight = _parameter(hidden_size, start, config, device, dtype)
-        self._mark()
+        self.weight = _parameter(hidden_size, config, device, dtype)
 
     def _mark(self) -> None:
         """Mark the parameters for Megatron, which looks for an attribute no Parameter declares.
@@ -53,9 +53,25 @@ class _Norm(nn.Module):
             for parameter in self.parameters():
                 parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
 
+    # What makes parameters anew: copy.deepcopy, `to_empty` and its like, `assign=True`.
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._mark()  # copy.deepcopy makes parameters anew
+        self._mark()
+
+    def _apply(self: _N, fn: Any, recurse: bool = True) -> _N:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._mark()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._mark()
+
+    def reset_parameters(self) -> None:
+        """Make the norm scale by 1 and shift by 0 again, as FSDP does with `device="meta"`."""
+        with torch.no_grad():
+            self.weight.fill_(0.0 if self.unit_offset else 1.0)
 
     def extra_repr(self) -> str:
         """Show the size and the options in the module's text."""
@@ -92,6 +108,8 @@ class RMSNorm(_Norm):
             TypeError: `hidden_size` is no int.
         """
         super().__init__(hidden_size, eps, unit_offset, config, device, dtype)
+        self.reset_parameters()
+        self._mark()
 
     @overload
     def forward(self, hidden: torch.Tensor) -> torch.Tensor: ...
@@ -142,8 +160,16 @@ class LayerNorm(_Norm):
             TypeError: `hidden_size` is no int.
         """
         super().__init__(hidden_size, eps, unit_offset, config, device, dtype)
-        self.bias = _parameter(hidden_size, 0.0, config, device, dtype) if bias else None
+        self.bias = _parameter(hidden_size, config, device, dtype) if bias else None
+        self.reset_parameters()
         self._mark()
+
+    def reset_parameters(self) -> None:
+        """See `RMSNorm`."""
+        super().reset_parameters()
+        if self.bias is not None:
+            with torch.no_grad():
+                self.bias.zero_()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalise `(..., H)` over its last dimension."""
@@ -208,18 +234,16 @@ def _unit_offset(config: Any) -> bool:
 
 def _parameter(
     size: int,
-    value: float,
     config: Any,
     device: torch.device | str | int | None,
     dtype: torch.dtype | None,
 ) -> nn.Parameter:
     if config is None:
-        return nn.Parameter(torch.full((size,), value, device=device, dtype=dtype))
+        return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
     if device is None:
         on_cpu = getattr(config, "use_cpu_initialization", False)
         device = "cpu" if on_cpu else torch.cuda.current_device()
-    full = torch.full((size,), value, device=device, dtype=dtype or config.params_dtype)
-    return nn.Parameter(full)
+    return nn.Parameter(torch.empty(size, device=device, dtype=dtype or config.params_dtype))
 
 
 def _refuse_variants(name: str, config: Any) -> None:

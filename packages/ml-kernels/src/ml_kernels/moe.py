@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from ml_kernels.autocast import as_autocast_has
 from ml_kernels.checks import (
     check_finite,
     check_floating,
@@ -21,10 +22,10 @@ from ml_kernels.checks import (
     check_same_device,
     check_same_dtype,
     check_tensor,
+    may_look_at,
     require,
 )
 from ml_kernels.dispatch import Backend, BackendUnavailableError, implementation
-from ml_kernels.linear_layer import as_autocast_has
 
 Score = Literal["softmax", "sigmoid"]
 Order = Literal["score_first", "topk_first"]
@@ -397,7 +398,7 @@ def _check_integers(operator: str, argument: str, tensor: torch.Tensor) -> None:
 
 def _check_range(operator: str, argument: str, tensor: torch.Tensor, end: int | None) -> None:
     """Check that integers on a CPU are in `[0, end)`."""
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or not tensor.numel():
+    if not (may_look_at(tensor) and tensor.numel()):
         return
     lowest, highest = (int(value) for value in torch.aminmax(tensor))
     require(lowest >= 0, operator, argument, lowest, "must not be negative")
@@ -417,8 +418,9 @@ def _check_group_sizes(x: torch.Tensor, weight: torch.Tensor, group_sizes: torch
         tuple(group_sizes.shape),
         f"must be ({weight.shape[0]},), a size for each matrix of weight",
     )
-    if group_sizes.device.type != "cpu":  # looking at values would wait for the device
+    if group_sizes.device.type != "cpu":
         check_same_device(name, "group_sizes", group_sizes, x)
+    if not may_look_at(group_sizes):
         return
     sizes = group_sizes.tolist()
     require(

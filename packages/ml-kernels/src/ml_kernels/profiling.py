@@ -88,7 +88,7 @@ def profiler(
 
     Raises:
         ValueError: The level or the device is unknown, or the steps are not in order.
-        TypeError: A step is no int.
+        TypeError: A step is no int, or the metadata cannot be written as JSON.
         BackendUnavailableError: The device cannot be used here.
     """
     require(level in get_args(Level), "profiler", "level", level, f"must be of {get_args(Level)}")
@@ -112,13 +112,20 @@ def profiler(
         step_start,
         step_end - step_start,
         save_path,
-        None if metadata is None else json.dumps(metadata),
+        _as_json(metadata),
     )
     if device == "npu":
         from ml_kernels.npu.profiling import npu_profiler
 
         return npu_profiler(options)
     return _torch_profiler(device, options)
+
+
+def _as_json(metadata: Mapping[str, Any] | None) -> str | None:
+    try:
+        return None if metadata is None else json.dumps(metadata)
+    except TypeError as error:
+        raise TypeError(f"profiler: metadata {metadata}: {error}") from error
 
 
 def _torch_profiler(device: DeviceType, options: Options) -> Profiler:

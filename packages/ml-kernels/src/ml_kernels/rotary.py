@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from ml_kernels.autocast import without_autocast
 from ml_kernels.checks import check_finite, check_floating, check_same_device
 from ml_kernels.dispatch import Backend, implementation
 
@@ -91,8 +92,9 @@ def rotary_embedding_reference(
     width = angles.shape[-1]
     rotated, passed = x[..., :width], x[..., width:]
     cos, sin = cosine_and_sine(angles, scale, x.dtype)
-    out = rotated * cos + _rotate(rotated, interleaved) * sin
-    return out if width == x.shape[-1] else torch.cat((out, passed), dim=-1)
+    with without_autocast(x):
+        out = rotated * cos + _rotate(rotated, interleaved) * sin
+        return out if width == x.shape[-1] else torch.cat((out, passed), dim=-1)
 
 
 def _rotate(x: torch.Tensor, interleaved: bool) -> torch.Tensor:

@@ -16,10 +16,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ml_kernels.activation import Approximation, biased, geglu_reference, swiglu_reference
 from ml_kernels.cpu.rows import CHUNK, chunks
+from ml_kernels.derivatives import once_differentiable
 
 Function = Literal["silu", "tanh", "none"]
 """The activation of the gate: silu, or gelu with that approximation."""
@@ -30,14 +30,18 @@ _FEW = 1 << 21
 
 def swiglu(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """See `ml_kernels.swiglu`."""
-    return swiglu_reference(x, bias) if x.numel() < _FEW else _gated(x, bias, "silu")
+    return swiglu_reference(x, bias) if _is_left_to_torch(x) else _gated(x, bias, "silu")
 
 
 def geglu(x: torch.Tensor, bias: torch.Tensor | None, approximate: Approximation) -> torch.Tensor:
     """See `ml_kernels.geglu`."""
-    if x.numel() < _FEW:
+    if _is_left_to_torch(x):
         return geglu_reference(x, bias, approximate)
     return _gated(x, bias, approximate)
+
+
+def _is_left_to_torch(x: torch.Tensor) -> bool:
+    return x.numel() < _FEW or torch.compiler.is_compiling()
 
 
 def _gated(x: torch.Tensor, bias: torch.Tensor | None, function: Function) -> torch.Tensor:

@@ -6,7 +6,7 @@ keys, the last query at the last key.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -72,30 +72,33 @@ def _tiles(call: AttentionCall) -> list[flash.Tile]:
     """Cut a call into tiles, leaving out queries that see no key."""
     if call.mask is not None:
         return [_masked_tile(call, call.mask)]
-    tiles = []
-    biases: dict[tuple[int, int], torch.Tensor | None] = {}
+    blocks = []
     for query, query_end, key, key_end in call.spans():
         first = max(query, query_end - (key_end - key)) if call.causal else query
         if first < query_end and key < key_end:
-            for rows, keys in _blocks(call, slice(first, query_end), slice(key, key_end)):
-                size = rows.stop - rows.start, keys.stop - keys.start
-                if size not in biases:
-                    biases[size] = _bias(call, *size)
-                offset = _offset(call, size[0], keys.stop - 1 - key)
-                triangle = _is_triangle(call, *size)
-                tiles.append(flash.Tile(rows, keys, triangle, biases[size], offset, None))
-    return tiles
+            parts = _blocks(call, slice(first, query_end), slice(key, key_end))
+            blocks += [(rows, keys, key) for rows, keys in parts]
+    sizes = [(rows.stop - rows.start, keys.stop - keys.start) for rows, keys, _ in blocks]
+    biases = _biases(call, sizes)
+    return [
+        flash.Tile(
+            rows, keys, _is_triangle(call, *size), bias, _offset(call, size[0], keys.stop - 1 - key)
+        )
+        for (rows, keys, key), size, bias in zip(blocks, sizes, biases, strict=True)
+    ]
 
 
 def _blocks(call: AttentionCall, rows: slice, keys: slice) -> Iterator[tuple[slice, slice]]:
-    """Cut the queries of a sequence into blocks, each with the keys in its windows."""
-    if call.window is None:
+    """Cut the queries of a sequence into blocks, each with the keys that they see."""
+    length = keys.stop - keys.start
+    if not call.causal or _is_triangle(call, rows.stop - rows.start, length):
         yield rows, keys
         return
+    window = length if call.window is None else call.window
     for start in range(rows.start, rows.stop, _BLOCK):
         end = min(start + _BLOCK, rows.stop)
         last = keys.stop - (rows.stop - end)
-        first = last - (end - start) - call.window + 1
+        first = last - (end - start) - window + 1
         yield slice(start, end), slice(max(keys.start, first), last)
 
 
@@ -122,27 +125,42 @@ def _is_triangle(call: AttentionCall, queries: int, keys: int) -> bool:
     return call.causal and queries == keys > 1 and (call.window is None or call.window >= keys)
 
 
-def _bias(call: AttentionCall, queries: int, keys: int) -> torch.Tensor | None:
-    """Return what is added to the scores of a tile of causality, window and ALiBi."""
-    bias = None
-    if call.causal and queries > 1 and not _is_triangle(call, queries, keys):
-        part = call._replace(queries=queries, keys=keys)
-        hidden = hidden_keys(part, torch.device("cpu"))
-        assert hidden is not None
-        bias = _hiding(hidden)
+def _biases(call: AttentionCall, sizes: Sequence[tuple[int, int]]) -> Iterator[torch.Tensor | None]:
+    """Give what is added to the scores of tiles of causality, window and ALiBi.
+
+    All are aligned at the last query and the last key, so that small ones are corners of the
+    largest.
+    """
+    slope = both = None
     if call.alibi_slopes is not None:
-        slope = _slope(call.alibi_slopes, keys)
-        bias = slope if bias is None else bias + slope
-    return None if bias is None else bias.expand(-1, -1, queries, keys)
+        slope = _slope(call.alibi_slopes, max([0, *(keys for _, keys in sizes)]))
+    cut = [size for size in sizes if _hides(call, *size)]
+    if cut:
+        queries, keys = (max(lengths) for lengths in zip(*cut, strict=True))
+        hidden = hidden_keys(call._replace(queries=queries, keys=keys), torch.device("cpu"))
+        assert hidden is not None
+        both = _hiding(hidden)
+        both = both if slope is None else both + slope[..., -keys:]
+    for queries, keys in sizes:
+        bias = both if _hides(call, queries, keys) else slope
+        corner = None if bias is None else bias[..., -queries:, -keys:]
+        yield None if corner is None else corner.expand(-1, -1, queries, keys)
+
+
+def _hides(call: AttentionCall, queries: int, keys: int) -> bool:
+    """Say whether some key of a tile is hidden, other than by the kernel's own causality."""
+    return call.causal and queries > 1 and not _is_triangle(call, queries, keys)
 
 
 def _hiding(hidden: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+    bias = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    return bias.masked_fill_(hidden, float("-inf"))
 
 
 def _slope(slopes: torch.Tensor, keys: int) -> torch.Tensor:
     """Return ALiBi's bias `(1, N, 1, m)`, 0 at the last key: one row serves all queries."""
-    return (slopes[:, None] * torch.arange(1 - keys, 1, dtype=slopes.dtype))[None, :, None]
+    distance = torch.arange(1 - keys, 1, dtype=slopes.dtype, device=slopes.device)
+    return (slopes[:, None] * distance)[None, :, None]
 
 
 def _offset(call: AttentionCall, queries: int, last: int) -> torch.Tensor | None:
@@ -154,5 +172,7 @@ def _offset(call: AttentionCall, queries: int, last: int) -> torch.Tensor | None
         return None
     if call.alibi_form == "row":
         return call.alibi_slopes[:, None] * last
-    after = torch.arange(queries - 1, -1, -1, dtype=call.alibi_slopes.dtype)
-    return call.alibi_slopes[:, None] * after
+    slopes = call.alibi_slopes
+    return slopes[:, None] * torch.arange(
+        queries - 1, -1, -1, dtype=slopes.dtype, device=slopes.device
+    )

@@ -92,6 +92,6 @@ def _by_position(x: torch.Tensor) -> torch.Tensor:
 def _hide_future(x: torch.Tensor, start: int, heads: int) -> None:
     """Write -inf where a key comes after its query; `x` is `(BG, QR, K)`."""
     size = x.shape[2] - start
-    future = torch.ones(size, size, dtype=torch.bool).triu_(1)
+    future = torch.ones(size, size, dtype=torch.bool, device=x.device).triu_(1)
     block = x.view(-1, size, heads, x.shape[2])[..., start:]
     block.masked_fill_(future[:, None], float("-inf"))

@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from ml_kernels.autocast import without_autocast
 from ml_kernels.cpu import causal
+from ml_kernels.derivatives import once_differentiable
 from ml_kernels.layouts import rows_of_numbers
 
 _ATEN = torch.ops.aten
@@ -41,7 +42,7 @@ class Tile(NamedTuple):
     """Float32, added to the scores, -inf where hidden; `(B or 1, N or 1, Sq, Sk)`, expanded."""
     offset: torch.Tensor | None
     """`(N, Sq or 1)` float32, what ALiBi adds to a row beside `bias`."""
-    blind: torch.Tensor | None
+    blind: torch.Tensor | None = None
     """`(B or 1, N or 1, Sq)` bool, the queries that `bias` leaves without any key."""
 
 
@@ -109,8 +110,10 @@ class _Flash(torch.autograd.Function):
                 rows, keys = tile.queries, tile.keys
                 some = query[:, :, rows], key[:, :, keys], value[:, :, keys]
                 out[:, :, rows], lse[:, :, rows] = _forward(*some, sinks, scale, tile)
-        ctx.save_for_backward(query, key, value, out, lse, sinks)
-        ctx.scale, ctx.tiles = scale, tiles
+        biases, offsets = (tile.bias for tile in tiles), (tile.offset for tile in tiles)
+        ctx.save_for_backward(query, key, value, out, lse, sinks, *biases, *offsets)
+        ctx.scale = scale
+        ctx.tiles = [tile._replace(bias=None, offset=None, blind=None) for tile in tiles]
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -119,11 +122,16 @@ class _Flash(torch.autograd.Function):
     def backward(
         ctx: Any, gradient: torch.Tensor, _: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out, lse, sinks = ctx.saved_tensors
-        found = gradients(gradient, query, key, value, out, lse, ctx.scale, ctx.tiles)
+        query, key, value, out, lse, sinks, *kept = ctx.saved_tensors
+        count = len(ctx.tiles)
+        tiles = [
+            tile._replace(bias=bias, offset=offset)
+            for tile, bias, offset in zip(ctx.tiles, kept[:count], kept[count:], strict=True)
+        ]
+        found = gradients(gradient, query, key, value, out, lse, ctx.scale, tiles)
         of_sinks = None
         if sinks is not None:
-            of_sinks = _of_sinks(gradient, out, lse, sinks, ctx.tiles)
+            of_sinks = _of_sinks(gradient, out, lse, sinks, tiles)
         return *found, of_sinks, None, None
 
 
@@ -184,7 +192,8 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if _is_faster_in_products(query, tile):
         q, k, v = (t.permute(2, 0, 1, 3) for t in (query, key, value))
-        out, lse = causal.causal_attention(q, k, v, scale)
+        with without_autocast(query):
+            out, lse = causal.causal_attention(q, k, v, scale)
         out, lse = out.permute(1, 2, 0, 3), lse.permute(1, 2, 0)
     else:
         out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(
@@ -215,7 +224,8 @@ def _backward(
 
 def _is_faster_in_products(query: torch.Tensor, tile: Tile) -> bool:
     plain = tile.causal and tile.bias is None and query.dtype == torch.bfloat16
-    return plain and query.shape[2] >= _MANY and causal.multiplies_bfloat16()
+    large = plain and query.shape[2] >= _MANY
+    return large and not torch.compiler.is_compiling() and causal.multiplies_bfloat16()
 
 
 def _of_sinks(

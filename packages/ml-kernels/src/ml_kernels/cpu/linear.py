@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from ml_kernels.derivatives import once_differentiable
 
 _FEW = 1 << 22
 """Multiplications below which the two differ by less than a Python function costs."""
@@ -23,12 +24,17 @@ _FEW = 1 << 22
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """See `ml_kernels.linear`."""
-    if x.dtype != torch.float32 or x.numel() * weight.shape[0] < _FEW or not _prefers_onednn():
+    if x.dtype != torch.float32 or x.numel() * weight.shape[0] < _FEW or not _is_onednn_better():
         return F.linear(x, weight, bias)
     out: torch.Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
         x.reshape(-1, x.shape[-1]), weight, bias
     )
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _is_onednn_better() -> bool:
+    compiling = torch.compiler.is_compiling()  # whose inductor chooses by itself
+    return not compiling and bool(torch.backends.mkldnn.enabled) and _prefers_onednn()
 
 
 @functools.cache

@@ -14,9 +14,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ml_kernels import chunked_loss
+from ml_kernels.derivatives import once_differentiable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

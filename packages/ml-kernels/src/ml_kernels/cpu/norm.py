@@ -16,9 +16,9 @@ import math
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ml_kernels.cpu.rows import CHUNK, FEW, chunks
+from ml_kernels.derivatives import once_differentiable
 from ml_kernels.norm import add_rms_norm_reference, rms_norm_reference
 
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from ml_kernels.autocast import without_autocast
 from ml_kernels.cpu.rows import CHUNK, FEW, chunks
+from ml_kernels.derivatives import once_differentiable
 from ml_kernels.rotary import cosine_and_sine, rotary_embedding_reference
 
 
@@ -24,7 +25,7 @@ def rotary_embedding(
     x: torch.Tensor, angles: torch.Tensor, interleaved: bool, scale: float
 ) -> torch.Tensor:
     """See `ml_kernels.rotary_embedding`."""
-    if x.numel() < FEW:
+    if x.numel() < FEW or torch.compiler.is_compiling():
         return rotary_embedding_reference(x, angles, interleaved, scale)
     result: torch.Tensor = _Rotary.apply(  # type: ignore[no-untyped-call]
         x, angles, interleaved, scale
@@ -54,6 +55,13 @@ class _Rotary(torch.autograd.Function):
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    with without_autocast(x):
+        return _turned(x, cos, sin, interleaved)
+
+
+def _turned(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
     width = 2 * cos.shape[-1]
     turn = _turn_neighbours if interleaved else _turn_halves
     tables = [torch.complex(cos, sin)] if interleaved else [torch.cat((cos, cos), dim=-1), sin]

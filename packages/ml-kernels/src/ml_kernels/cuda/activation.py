@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ml_kernels.activation import (
     Approximation,
@@ -22,6 +21,7 @@ from ml_kernels.activation import (
 )
 from ml_kernels.cuda import launch
 from ml_kernels.cuda.kernels import activation as kernels
+from ml_kernels.derivatives import once_differentiable
 
 _COLUMNS = 4096
 """Of a tile, at most."""

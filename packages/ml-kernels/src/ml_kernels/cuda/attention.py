@@ -31,6 +31,7 @@ from ml_kernels.alibi import alibi_bias
 from ml_kernels.attention import attention_reference, by_sequence
 from ml_kernels.attention_backward import Gradients, attention_backward_reference
 from ml_kernels.attention_call import AttentionCall, Result, hidden_keys
+from ml_kernels.autocast import without_autocast
 from ml_kernels.cuda import graphs
 from ml_kernels.dispatch import BackendUnavailableError, constant, has_triton
 from ml_kernels.kept import kept
@@ -62,7 +63,8 @@ def flash_attention(
     if attend is _sdpa and call.layout == "TND":
         return by_sequence(flash_attention, query, key, value, call)
     width = v.shape[-1]
-    out, lse = attend(q, k, v, call)
+    with without_autocast(query):
+        out, lse = attend(q, k, v, call)
     out = from_heads_first(out if out.shape[-1] == width else out[..., :width], call.layout)
     if not call.return_lse:
         return out
@@ -164,22 +166,18 @@ def _sdpa(
         # Of the fused kernels only flash has grouped heads, and that takes no mask.
         key, value = (t.repeat_interleave(call.heads // call.groups, dim=1) for t in (key, value))
         grouped = False
-    if not masked:
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=_is_triangle(call),
-            dropout_p=call.dropout_p,
-            scale=call.scale,
-            enable_gqa=grouped,
-        )
-        return out, None
-    bias, blind = _bias(query, call)
+    bias, blind = _bias(query, call) if masked else (None, None)
     out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias, dropout_p=call.dropout_p, scale=call.scale
+        query,
+        key,
+        value,
+        attn_mask=bias,
+        is_causal=not masked and _is_triangle(call),
+        dropout_p=call.dropout_p,
+        scale=call.scale,
+        enable_gqa=grouped,
     )
-    return out.masked_fill(blind[..., None], 0.0), None
+    return out if blind is None else out.masked_fill(blind[..., None], 0.0), None
 
 
 def _torchs_flash(

@@ -13,11 +13,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ml_kernels import chunked_loss
 from ml_kernels.cuda import launch
 from ml_kernels.cuda.kernels import loss as kernels
+from ml_kernels.derivatives import once_differentiable
 from ml_kernels.loss import cross_entropy_reference
 
 if TYPE_CHECKING:

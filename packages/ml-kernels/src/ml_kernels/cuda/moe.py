@@ -16,8 +16,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from ml_kernels.derivatives import once_differentiable
 from ml_kernels.grouped import LOOP, Kernels, grouped_product
 from ml_kernels.moe import inverse_permutation
 

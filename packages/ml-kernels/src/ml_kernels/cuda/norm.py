@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ml_kernels.cuda import graphs, launch
 from ml_kernels.cuda.kernels import norm as kernels
+from ml_kernels.derivatives import once_differentiable
 from ml_kernels.norm import add_rms_norm_reference, layer_norm_reference, rms_norm_reference
 
 _WIDEST = 1 << 14

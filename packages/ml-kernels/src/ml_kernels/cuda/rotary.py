@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ml_kernels.cuda import launch
 from ml_kernels.cuda.kernels import rotary as kernels
+from ml_kernels.derivatives import once_differentiable
 from ml_kernels.rotary import rotary_embedding_reference
 
 _NUMBERS = 1024

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import torch_npu
-from torch.autograd.function import once_differentiable
 
+from ml_kernels.derivatives import once_differentiable
 from ml_kernels.dispatch import BackendUnavailableError
 from ml_kernels.grouped import Kernels, grouped_product
 from ml_kernels.moe import (

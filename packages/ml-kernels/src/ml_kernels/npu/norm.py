@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 import torch_npu
-from torch.autograd.function import once_differentiable
 
+from ml_kernels.derivatives import once_differentiable
 from ml_kernels.norm import add_rms_norm_reference, rms_norm_reference
 from ml_kernels.npu.limits import check_dtype
 
