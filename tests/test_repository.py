@@ -104,6 +104,8 @@ def layout_violations(root: Path) -> Iterator[str]:
     for package in packages(root):
         yield from _project_violations(package)
         yield from _file_violations(package)
+        if _text_of(package.root / "LICENSE") != _text_of(root / "LICENSE"):
+            yield f"{package.name} ships another LICENSE than this repository's"
         yield from _pin_violations(package, versions)
 
 
@@ -115,6 +117,10 @@ def _project_violations(package: Package) -> Iterator[str]:
         yield f"{name} has no static version"
     if "requires-python" not in project:
         yield f"{name} has no requires-python"
+
+
+def _text_of(path: Path) -> str | None:
+    return path.read_text() if path.is_file() else None
 
 
 def _file_violations(package: Package) -> Iterator[str]:
@@ -156,6 +162,7 @@ def fake(tmp_path: Path) -> Path:
             f'requires-python = ">=3.10"\ndependencies = {dependencies}\n',
             "README.md": "",
             "CHANGELOG.md": "## 1.2.0",
+            "LICENSE": "Use it.",
             f"src/{module}/py.typed": "",
             f"src/{module}/work.py": source,
             "tests/test_work.py": f"import pytest\nimport {module}",
@@ -164,6 +171,7 @@ def fake(tmp_path: Path) -> Path:
             path = tmp_path / "packages" / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
+    (tmp_path / "LICENSE").write_text("Use it.")
     return tmp_path
 
 
@@ -225,6 +233,8 @@ def test_extras_declare_too_but_for_tests_only_test_and_that_of_their_folder(fak
         ("pyproject.toml", "~=1.0", "~=0.1", "ml-high pins ml-low~=0.1, not like ml-low~=1.0"),
         ("CHANGELOG.md", "1.2.0", "1.1.0", "ml-high's CHANGELOG.md has no section 1.2.0"),
         ("README.md", None, None, "ml-high has no README.md"),
+        ("LICENSE", None, None, "ml-high ships another LICENSE than this repository's"),
+        ("LICENSE", "Use", "Buy", "ml-high ships another LICENSE than this repository's"),
         ("src/ml_high/py.typed", None, None, "ml-high has no src/ml_high/py.typed"),
         ("tests/test_work.py", None, None, "ml-high has no tests"),
     ],
