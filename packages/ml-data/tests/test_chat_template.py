@@ -12,6 +12,7 @@ import tokenizers
 from golden_conversations import TOKENIZER, conversations
 from transformers import AutoTokenizer
 
+from ml_data.handlers import HANDLERS
 from ml_data.instruction.conversation import Conversation, Message, RecordError
 from ml_data.instruction.turns import IGNORED
 from ml_data.templates import chat_template_format
@@ -184,6 +185,32 @@ def test_an_earlier_answer_without_its_thoughts_is_found(directory):
     assert parts[1::2] == ["b<|im_end|>\n", "<think>y</think>d<|im_end|>\n"]
 
 
+THOUGHTLESS = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+"""As DeepSeek R1: no answer keeps its thoughts."""
+
+
+@pytest.mark.parametrize("role", ["assistant", "function"])
+def test_a_template_that_drops_the_thoughts_of_the_last_answer_is_refused(directory, role):
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function.name ~ c.function.arguments }}"
+    template = THOUGHTLESS.replace("<|im_end|>", calls + "{% endfor %}<|im_end|>")
+    chat = chat_template_format(load_tokenizer(directory(template)))
+    chat.encode(say("a", "<think>x</think>b", "c", "d"))
+    last, call = "<think>y</think>d", {"name": "f", "arguments": {}}
+    if role == "function":
+        last = json.dumps({"content": last, "tool_calls": [call]})
+    talked = (*say("a", "b").messages, Message("user", "c"), Message(role, last))
+    with pytest.raises(RecordError, match="leaves out the thoughts of the last answer"):
+        chat.encode(Conversation(talked))
+
+
+def test_the_published_template_of_deepseek_r1_is_refused_for_thoughts(asset, directory):
+    path = asset("chat-templates") / "deepseek_r1_distill.jinja"
+    chat = chat_template_format(load_tokenizer(directory(path.read_text(encoding="utf-8"))))
+    chat.encode(conversations()["turns"])
+    with pytest.raises(RecordError, match="leaves out the thoughts of the last answer"):
+        chat.encode(conversations()["thoughts"])
+
+
 def test_a_question_that_repeats_an_answer_with_its_thoughts_is_no_part_of_it(directory):
     answer = "<think>x</think>b"
     parts = pieces(directory(FORGETFUL), say("a", answer, answer, "d", answer, answer))
@@ -319,6 +346,68 @@ def test_tools_reach_the_template_as_transformers_gives_them(directory):
     }
     assert f"<assistant>{json.dumps(call, ensure_ascii=False)}</>" in text
     assert '<tool>{"temperature": 3}</>' in text
+
+
+PARALLEL = [
+    {"role": "user", "content": "Paris and Rome?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+            for city in ("Paris", "Rome")
+        ],
+    },
+    {"role": "tool", "content": "rain"},
+    {"role": "tool", "content": "sun"},
+    {"role": "assistant", "content": "Rain in Paris, sun in Rome."},
+]
+WEATHER = [
+    {"type": "function", "function": {"name": "weather", "description": "", "parameters": {}}}
+]
+
+
+def parallel() -> Conversation:
+    handler = HANDLERS["OpenAIInstructionHandler"]
+    (conversation,) = handler.convert({"messages": PARALLEL, "tools": WEATHER}, handler.columns)
+    return conversation
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_instruct_2507"])
+def test_several_calls_and_answers_are_those_of_apply_chat_template(asset, directory, name):
+    path = directory((asset("chat-templates") / f"{name}.jinja").read_text(encoding="utf-8"))
+    turns = chat_template_format(load_tokenizer(path)).encode(parallel())
+    ids = [id_ for turn in turns.turns for id_ in (*turn.source, *turn.target)]
+    hf = AutoTokenizer.from_pretrained(path)
+    expected = hf.apply_chat_template(PARALLEL, tools=WEATHER)["input_ids"]
+    assert hf.decode([*ids, *turns.end]).count("</tool_response>") == 2
+    assert [*ids, *turns.end] == expected
+
+
+def test_every_call_has_an_identifier_of_its_own_which_its_answer_names(directory):
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}"
+        "{% for c in m.tool_calls or [] %}{{ c.id }}={{ c.function | tojson }}{% endfor %}"
+        "{{ ':' ~ m.tool_call_id if m.tool_call_id }}</>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    text = "".join(pieces(directory(template), parallel()))
+    assert 'call00001={"name": "weather", "arguments": {"city": "Paris"}}' in text
+    assert 'call00002={"name": "weather", "arguments": {"city": "Rome"}}' in text
+    assert "<tool>rain:call00001</><tool>sun:call00002</>" in text
+
+
+def test_a_template_that_leaves_out_a_second_answer_is_refused(directory):
+    template = (
+        "{{ tools | tojson }}{% for m in messages %}"
+        "{% if loop.first or loop.previtem.role != m.role %}"
+        "{{ m.role }}{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c | tojson }}"
+        "{% endfor %}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    chat = chat_template_format(load_tokenizer(directory(template)))
+    with pytest.raises(RecordError, match="leaves out what the observation says"):
+        chat.encode(parallel())
 
 
 def test_a_template_that_wants_arguments_as_text_gets_text(directory):

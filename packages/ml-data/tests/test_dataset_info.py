@@ -40,6 +40,7 @@ ENTRIES = {
     "split": {"file_name": "plain.json", "split": "test"},
     "few": {"file_name": "plain.json", "num_samples": 0},
     "text": {"file_name": "plain.json", "ranking": "false"},
+    "empty": {"file_name": ""},
     "list": [],
     "none": {"formatting": "alpaca"},
 }
@@ -104,6 +105,7 @@ def test_datasets_are_found_by_their_names(directory):
         ("split", "split .*: files hold the split train only"),
         ("few", "num_samples 0: must be at least 1"),
         ("text", 'ranking "false": must be true or false'),
+        ("empty", 'file_name "": must name a file or a directory'),
         ("list", "not an object but"),
         ("none", "no file_name; it has formatting"),
         ("pairs", "ranking is true: that is for ml-data preference"),
@@ -142,6 +144,13 @@ def test_datasets_of_different_forms_make_one_dataset(flags, tmp_path):
 def test_preferences_have_instruction_and_input_like_the_rest(flags, tmp_path):
     assert prefer([*flags, "--input", "pairs"], "ml-data preference") == 0
     assert read_sample_info(tmp_path / "out").samples == 1
+
+
+def test_a_directory_that_is_not_read_is_refused(directory, flags):
+    given = [*flags, "--handler-name", "AlpacaStyleInstructionHandler"]
+    message = f"^--dataset-dir {directory}: is read with --handler-name LlamaFactoryInstr"
+    with pytest.raises(UsageError, match=message):
+        instruct([*given, "--input", str(directory / "plain.json")], "ml-data instruct")
 
 
 def test_names_of_columns_are_not_given_twice(flags):

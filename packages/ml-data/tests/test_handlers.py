@@ -103,7 +103,7 @@ GOLDEN = {
             said(
                 ("user", "Weather?"),
                 ("function", f'[{CALL}, {{"name": "now", "arguments": {{}}}}]'),
-                ("observation", "rain\nnoon"),
+                ("observation", "rain\nnoon", True, ("rain", "noon")),
                 ("assistant", "It rains.", False),
                 ("user", "Thanks"),
                 ("assistant", "<think>\npolite\n</think>\n\nBye"),
@@ -493,13 +493,19 @@ def test_a_handler_of_the_other_command_is_named_with_it():
     [
         ("{", "--map-keys: not JSON"),
         ("[]", "--map-keys: not a JSON object but"),
-        ('{"promt": "q"}', "no key 'promt'; did you mean prompt"),
+        ('{"promt": "q"}', "no key 'promt'; this handler has prompt, .*; did you mean prompt"),
+        ('{"tags": {"user_tag": "u"}}', "no key 'tags'; this handler has prompt, query"),
         ('{"prompt": 3}', "prompt must be a name, not 3"),
-        ('{"tags": {"user": "u"}}', "no tag 'user'; did you mean user_tag"),
-        ('{"tags": 3}', "tags must be an object, not 3"),
     ],
-    ids=["json", "object", "key", "name", "tag", "tags"],
+    ids=["json", "object", "key", "tags", "name"],
 )
 def test_wrong_map_keys_are_named(mapping, match):
     with pytest.raises(UsageError, match=match):
         columns_of(HANDLERS[ALPACA], mapping)
+
+
+def test_wrong_tags_are_named():
+    with pytest.raises(UsageError, match="no tag 'user'; did you mean user_tag"):
+        columns_of(HANDLERS[SHAREGPT], '{"tags": {"user": "u"}}')
+    with pytest.raises(UsageError, match="tags must be an object, not 3"):
+        columns_of(HANDLERS[SHAREGPT], '{"tags": 3}')

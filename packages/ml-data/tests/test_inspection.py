@@ -166,6 +166,28 @@ def test_an_altered_index_is_seen_by_its_hash_and_altered_tokens_by_theirs(prefi
     assert verified == "lengths, offsets and sizes, hash of .idx, hash of .bin, ids"
 
 
+def test_a_description_of_the_other_kind_is_refused(bpe, tmp_path, capsys):
+    prefix = instruct(bpe, tmp_path)
+    description = Path(f"{prefix}_packed.json")
+    known = json.loads(description.read_text())
+    description.write_text(json.dumps({**known, "kind": "preference"}))
+    expected = f"{description}: describes preferences, but beside it are instructions\n"
+    assert refuse(capsys, prefix).endswith(expected)
+
+
+@pytest.mark.parametrize("commands", [("instruct", "preference"), ("preference", "instruct")])
+def test_samples_of_two_kinds_do_not_share_a_prefix(bpe, tmp_path, capsys, commands):
+    prefix = instruct(bpe, tmp_path, command=commands[0])
+    instruct(bpe, tmp_path, command=commands[0])  # the same again is in place of the first
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(AssertionError, match="assert 2 == 0"):
+        instruct(bpe, tmp_path, command=commands[1])
+    assert re.search(
+        rf"--output-prefix {prefix}: \w+ data are there \(sft_", capsys.readouterr().err
+    )
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("kind", ["texts", "instructions"])
 def test_an_altered_description_is_one_line_or_changes_nothing(kind, bpe, prefix, tmp_path, capsys):
     if kind == "instructions":

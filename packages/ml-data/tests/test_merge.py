@@ -79,6 +79,40 @@ def test_merging_equals_preparing_everything_in_one_go(bpe, parts, tmp_path, mon
         read_sidecar(tmp_path / f"merged_{name}")
 
 
+def test_a_column_with_a_longer_name_is_another_key(bpe, tmp_path, capsys):
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps({"text": "short", "full_text": "a longer text"}) + "\n")
+    keys = ("--json-keys", "text", "full_text")
+    prepare(source, tmp_path / "done" / "a", bpe, *keys)
+    assert merge(tmp_path / "done", tmp_path / "all") == 0
+    for name in ("text_document", "full_text_document"):
+        assert merge(tmp_path / "done", tmp_path / "all", "--keys", name) == 0
+        assert md5s(tmp_path, f"all_{name}") == md5s(tmp_path / "done", f"a_{name}")
+    for path in (tmp_path / "done").glob("a_text_document.*"):
+        path.unlink()
+    assert merge(tmp_path / "done", tmp_path / "all") == 2
+    assert "; a_full_text_document is of full_text_document" in capsys.readouterr().err
+
+
+def test_names_that_may_be_of_two_keys_are_refused_until_both_are_given(tmp_path, capsys):
+    for number, name in enumerate(["a", "b", "a_full", "b_full", "a_2"]):
+        write(tmp_path / "in" / f"{name}_text_document", [[[number]]])
+    assert merge(tmp_path / "in", tmp_path / "all") == 2
+    expected = "a_full_text_document may be of the key full_text_document, as a_text_document is"
+    assert expected in capsys.readouterr().err
+    keys = ("--keys", "text_document", "full_text_document")
+    assert merge(tmp_path / "in", tmp_path / "all", *keys) == 0
+    joined = [IndexedDataset(f"{tmp_path}/all_{key}").tokens.tolist() for key in keys[1:]]
+    assert joined == [[4, 0, 1], [2, 3]]
+
+
+def test_samples_may_have_names_that_begin_alike(tmp_path):
+    for name in ("alpaca", "alpaca_en"):
+        write_samples(tmp_path / "in" / name, [[1, 2]])
+    assert merge(tmp_path / "in", tmp_path / "all", "--keys", *KEYS) == 0
+    assert read_sample_info(tmp_path / "all").samples == 2
+
+
 def test_datasets_without_a_description_are_merged_without_one(tmp_path):
     write(tmp_path / "in" / "a_x_document", [[[1, 2]], [[3], [4, 5]]])
     write(tmp_path / "in" / "b_x_document", [[[6]], []])
@@ -169,6 +203,13 @@ def test_instruction_data_must_have_all_keys_of_all_parts(tmp_path, capsys):
     assert f"of {tmp_path}/in/b only one is there" in capsys.readouterr().err
 
 
+def test_instruction_data_are_not_merged_to_where_preferences_are(tmp_path, capsys):
+    write_samples(tmp_path / "in" / "a", [[1, 2]])
+    write(tmp_path / "all_packed_chosen_input_ids_document", [[[1]]])
+    assert merge(tmp_path / "in", tmp_path / "all", "--keys", *KEYS) == 2
+    assert f"--output-prefix {tmp_path}/all: preference data are there" in capsys.readouterr().err
+
+
 def test_instruction_data_of_different_templates_are_refused(tmp_path, capsys):
     write_samples(tmp_path / "in" / "a", [[1, 2]])
     write_samples(tmp_path / "in" / "b", [[1, 2]], template="qwen")
@@ -243,6 +284,7 @@ def test_a_part_of_which_a_file_is_missing_is_refused(tmp_path, capsys, suffix):
     ("flags", "message"),
     [
         (["--keys", "title_document"], "has no *_title_document; it has a_text_document"),
+        (["--keys", ""], "--keys needs at least one value"),
         (["--keys", "text", "text"], "--keys 'text': a key is given once"),
         (["--input", "nowhere"], "--input nowhere: no such directory"),
     ],

@@ -49,7 +49,7 @@ def new(line: str) -> str:
             "instruct --input ./data.parquet --output-prefix part1 "
             "--handler-name GeneralInstructionHandler --tokenizer-type PretrainedFromHF "
             "--tokenizer-name-or-path ./llama-2-7b-hf --append-eod --workers 4 "
-            "--log-interval 1000 --on-too-long skip",
+            "--log-interval 1000 --on-too-long skip --on-error skip",
         ),
         (
             r"""--input ./dataset/ --tokenizer-name-or-path m --output-prefix ./finetune_dataset/oig
@@ -61,7 +61,7 @@ def new(line: str) -> str:
             "--tokenizer-name-or-path m --tokenizer-not-use-fast --seq-length 4096 "
             "--prompt-type llama2 "
             """--map-keys '{"messages":"messages", "tags":{"role_tag": "role"}}' """
-            "--on-too-long skip | --overwrite-cache",
+            "--on-too-long skip --on-error skip | --overwrite-cache",
         ),
         (
             r"""--input orca --tokenizer-name-or-path m --output-prefix orca_rlhf
@@ -72,7 +72,7 @@ def new(line: str) -> str:
             "--handler-name AlpacaStylePairwiseHandler --tokenizer-type PretrainedFromHF "
             "--tokenizer-name-or-path m --seq-length 4096 --prompt-type llama3 "
             """--map-keys '{"prompt":"question", "query":"", "system":"system"}' """
-            "--on-too-long skip",
+            "--on-too-long skip --on-error skip",
         ),
         (
             r"""--input a,b --dataset-dir ./data --handler-name LlamaFactoryInstructionHandler
@@ -83,7 +83,7 @@ def new(line: str) -> str:
             "instruct --input a b --output-prefix o --handler-name LlamaFactoryInstructionHandler "
             "--tokenizer-name-or-path m --n-subs 4 --prompt-type qwen --dataset-dir ./data "
             "--max-samples 100 --pack --mix-strategy interleave_over --interleave-probs 0.7 0.3 "
-            "--seed 1 --on-too-long skip | --streaming | --cache-dir "
+            "--seed 1 --on-too-long skip --on-error skip | --streaming | --cache-dir "
             "| --make-vocab-size-divisible-by | --pad-vocab-size-to",
         ),
         (
@@ -97,6 +97,14 @@ def new(line: str) -> str:
             "pretrain --input d --output-prefix o --tokenizer-type GPT2BPETokenizer --vocab-file v "
             "--merge-file m --seq-length 9 --json-keys body --split-sentences --keep-newlines "
             "--document per-line --token-dtype int32 | --map-keys",
+        ),
+        (
+            """--input d --output-prefix o --handler-name AlpacaStyleInstructionHandler
+               --prompt-type qwen --dataset-dir ./data --tokenizer-type PretrainedFromHF
+               --tokenizer-name-or-path m --vocab-file v --merge-file m""",
+            "instruct --input d --output-prefix o --handler-name AlpacaStyleInstructionHandler "
+            "--tokenizer-type PretrainedFromHF --tokenizer-name-or-path m --prompt-type qwen "
+            "--on-too-long skip --on-error skip | --dataset-dir | --vocab-file | --merge-file",
         ),
         (
             "--input d --output-prefix o --handler-name AlpacaPretrainHandler",
@@ -179,6 +187,20 @@ def test_the_new_spelling_does_the_same(bpe, tmp_path, caplog):
     assert (
         len(IndexedDataset(f"{tmp_path / 'one'}_packed_labels_document")) == 1
     )  # skipped, not cut
+
+
+def test_conversations_that_are_none_are_left_out_and_named(bpe, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    said = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
+    talks = [said, said[:1], said[::-1], said]
+    rows = "".join(json.dumps({"conversations": talk}) + "\n" for talk in talks)
+    (tmp_path / "talks.jsonl").write_text(rows)
+    line = f"--input {tmp_path / 'talks.jsonl'} --output-prefix {tmp_path / 'data'} "
+    line += f"--handler-name SharegptStyleInstructionHandler --tokenizer-name-or-path {bpe} "
+    assert main(["preprocess", *shlex.split(f"{line} --prompt-type default")]) == 0
+    assert "4 records read: 2 written; 2 failed" in caplog.messages
+    assert any("talks.jsonl:2: message 1, the last, is not" in line for line in caplog.messages)
+    assert len(IndexedDataset(tmp_path / "data_packed_labels_document")) == 2
 
 
 def test_datasets_are_merged(bpe, jsonl, tmp_path):

@@ -179,3 +179,10 @@ def test_a_missing_package_is_said_before_anything_is_read(
     with pytest.raises(UsageError, match=message):
         found("a.jsonl", name)
     assert found("a.jsonl") == ["a.jsonl"]
+
+
+def test_no_name_is_not_the_working_directory(make, tmp_path, monkeypatch):
+    make("a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"^--input '': names no file, directory or pattern$"):
+        find_files(["a.jsonl", ""])

@@ -145,6 +145,27 @@ def test_what_is_left_is_written_like_a_conversation_that_ends_there(length, exp
     assert shown(instruction_sample(THREE, AskedLast(), Limits(seq_length=length))) == expected
 
 
+class Thinking(Letters):
+    """Leaves out what earlier answers thought, which `>` ends, as Qwen 3 does."""
+
+    def encode(self, conversation):
+        *earlier, answer = conversation.messages
+        said = [replace(message, content=message.content.split(">")[-1]) for message in earlier]
+        return super().encode(Conversation((*said, answer)))
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        (14, ("QabAcd.QefAgh.", "____cd.____gh.")),  # its first turn alone has 16 tokens
+        (13, ("QabAthoughts>", "____thoughts>")),
+    ],
+)
+def test_whole_turns_are_kept_although_fewer_turns_are_more_tokens(length, expected):
+    talked = talk("ab", "thoughts>cd", "ef", "gh", "ij", "thoughts>kl")
+    assert shown(instruction_sample(talked, Thinking(), Limits(seq_length=length))) == expected
+
+
 @pytest.mark.parametrize("last_answer_only", [False, True])
 def test_a_conversation_of_many_turns_is_not_encoded_once_for_each(last_answer_only):
     encoded = []

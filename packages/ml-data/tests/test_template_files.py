@@ -90,6 +90,16 @@ def test_a_tool_format_beside_a_template_writes_its_tools(write):
     ]
 
 
+def test_the_separator_of_answers_goes_with_what_stands_around_them(write):
+    call = Message("function", json.dumps([{"name": "f", "arguments": {}}] * 2))
+    seen = Message("observation", " r\ns", answers=(" r", "s"))
+    conversation = Conversation((Message("user", "a"), call, seen, Message("assistant", "b")))
+    own = {"extends": "qwen2.5", "observation": ["<{{content}}>"], "trim": True}
+    assert decoded(write(own), conversation)[1][0] == "<r\ns>"
+    own["observation_separator"] = "><"
+    assert decoded(write(own), conversation)[1][0] == "<r><s>"
+
+
 def test_placeholders_in_a_message_are_text(write):
     conversation = say("{{content}} {{round}}", "{{content}}", system="{{round}}")
     assert decoded(write(OWN), conversation) == [

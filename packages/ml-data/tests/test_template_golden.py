@@ -140,6 +140,34 @@ def test_thoughts_before_calls_of_tools_are_those_of_the_published_template(asse
     assert tokenizer.decode(ids, skip_special_tokens=False) == expected
 
 
+@pytest.mark.parametrize("last", ["call", "answer"])
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "qwen3_nothink"])
+def test_answers_of_several_tools_stand_apart_as_in_the_published_template(asset, name, last):
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    calls = [{"name": "f", "arguments": {"a": number}} for number in (1, 2)]
+    function = Message("function", json.dumps(calls))
+    seen = Message("observation", "r\ns", answers=("r", "s"))
+    turns = (Message("user", "Q"), function, seen, function if last == "call" else _ANSWER)
+    openai = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        *({"role": "tool", "content": answer} for answer in seen.answers),
+        {"role": "assistant", "content": "", "tool_calls": calls}
+        if last == "call"
+        else {"role": "assistant", "content": _ANSWER.content},
+    ]
+    source = (asset("chat-templates") / f"{PUBLISHED[name]}.jinja").read_text(encoding="utf-8")
+    expected = render_jinja_template([openai], chat_template=source)[0][0]
+    tokenizer = golden_tokenizer()
+    encoded = load_template(name).format(tokenizer).encode(Conversation(turns)).turns
+    ids = [id_ for turn in encoded for id_ in (*turn.source, *turn.target)]
+    assert tokenizer.decode(ids, skip_special_tokens=False) == expected
+
+
+_ANSWER = Message("assistant", "A")
+
+
 def _openai(conversation) -> list[dict]:
     messages = [{"role": "system", "content": conversation.system}] if conversation.system else []
     for message in conversation.messages:

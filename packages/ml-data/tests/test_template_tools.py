@@ -122,6 +122,25 @@ def test_tools_that_are_none_are_refused(tools, message):
         written("default", json.dumps(CALL), tools)
 
 
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("default", "\nHuman: cold\nnoon\nAssistant: "),
+        ("mistral_v3", '[TOOL_RESULTS]{"content": "cold\\nnoon"}[/TOOL_RESULTS]'),
+    ],
+)
+def test_a_template_with_one_place_for_answers_has_a_line_of_each(template, expected):
+    tokenizer = golden_tokenizer()
+    messages = (
+        Message("user", "Q"),
+        Message("function", json.dumps([CALL, CALL])),
+        Message("observation", "cold\nnoon", answers=("cold", "noon")),
+        Message("assistant", "A"),
+    )
+    turns = load_template(template).format(tokenizer).encode(Conversation(messages)).turns
+    assert tokenizer.decode(turns[1].source, skip_special_tokens=False) == expected
+
+
 def test_what_a_tool_answers_is_json_where_the_model_reads_json():
     tokenizer = golden_tokenizer()
 

@@ -114,11 +114,27 @@ def test_the_flags_of_a_tokenizer(asset, bert):
         parse(TokenizerConfig, [], prog="test")
     argv = ["--vocab-file", str(bert / "vocab.txt")]
     with pytest.raises(UsageError, match="--vocab-file alone names no tokenizer"):
-        parse(TokenizerConfig, argv, prog="test").load()
+        load_tokenizer(None, vocab_file=bert / "vocab.txt")
     argv += ["--tokenizer-type", "BertWordPieceCase", "--tokenizer-not-use-fast"]
     config = parse(TokenizerConfig, argv, prog="test")
     assert config.tokenizer_not_use_fast
     assert config.load().token_id("[SEP]") == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--vocab-file", "v"], "--vocab-file v: .* GPT2BPETokenizer or BertWordPieceLowerCase or"),
+        (
+            ["--tokenizer-type", "Llama2Tokenizer", "--merge-file", "m"],
+            "--merge-file m: is read with --tokenizer-type GPT2BPETokenizer only",
+        ),
+        (["--tokenizer-type", "BertWordPieceCase", "--merge-file", "m"], "--merge-file m: is read"),
+    ],
+)
+def test_files_that_the_tokenizer_does_not_read_are_refused(flags, message):
+    with pytest.raises(UsageError, match=message):
+        parse(TokenizerConfig, ["--tokenizer-name-or-path", "t", *flags], prog="test")
 
 
 def test_mistakes_in_the_files_are_named(tmp_path, asset):

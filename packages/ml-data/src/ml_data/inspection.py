@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ml_data.histogram import Histogram
 from ml_data.indexed import IndexedDataset, bin_path, idx_path
-from ml_data.instruction.sample_info import SampleInfo, read_sample_info
+from ml_data.instruction.sample_info import SampleInfo, info_path, read_sample_info
 from ml_data.instruction.turns import IGNORED
 from ml_data.preview import preview
 from ml_data.sidecar import CorpusInfo, read_sidecar
@@ -130,8 +130,16 @@ def open_dataset(prefix: str) -> Dataset:
                 if name not in _OPTIONAL or idx_path(path).exists()
             }
             _check_alignment(columns)
-            return Dataset(kind, columns, read_sample_info(prefix))
+            return Dataset(kind, columns, _sample_info(prefix, kind))
     return Dataset("texts", {"tokens": IndexedDataset(prefix)}, read_sidecar(prefix))
+
+
+def _sample_info(prefix: str, kind: str) -> SampleInfo | None:
+    """Return the description of samples of a kind, if there is one."""
+    info = read_sample_info(prefix)
+    if info is not None and f"{info.kind}s" != kind:
+        raise UsageError(f"{info_path(prefix)}: describes {info.kind}s, but beside it are {kind}")
+    return info
 
 
 def _check_alignment(columns: Mapping[str, IndexedDataset]) -> None:

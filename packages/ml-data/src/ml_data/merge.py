@@ -20,7 +20,13 @@ from numpy.typing import NDArray
 from ml_data.atomic import FileSet, exit_on_sigterm, naming
 from ml_data.description import to_json
 from ml_data.indexed import IndexedDataset, IndexedDatasetWriter, bin_path
-from ml_data.instruction.sample_info import SampleInfo, info_path, read_sample_info
+from ml_data.instruction.sample_info import (
+    SampleInfo,
+    check_prefix,
+    info_path,
+    kind_of,
+    read_sample_info,
+)
 from ml_data.merged_info import check_corpora, check_samples, merged_corpus, merged_samples
 from ml_data.sidecar import read_sidecar, sidecar_path
 from ml_models.flags import UsageError, parse
@@ -39,11 +45,14 @@ class MergeConfig:
     input: str
     """Directory of the datasets; the order is that of their names."""
     keys: tuple[str, ...] = ("text_document",)
-    """Ends of their names, each of which gives a dataset: text_document joins *_text_document."""
+    """Ends of their names, each of which gives a dataset: text_document joins *_text_document, but
+    not those that their descriptions say are of another key, such as full_text."""
     output_prefix: str
     """The datasets are PREFIX_KEY.bin and .idx."""
 
     def __post_init__(self) -> None:
+        if not self.keys:
+            raise ValueError("--keys needs at least one value, such as text_document")
         for key in self.keys:
             if not key or "/" in key or self.keys.count(key) > 1:
                 raise ValueError(f"--keys {key!r}: a key is given once, and is part of a file name")
@@ -65,8 +74,11 @@ def merge(config: MergeConfig) -> None:
         OSError: The files cannot be written.
     """
     target = Path(config.output_prefix).expanduser()
-    parts = {key: _find(Path(config.input).expanduser(), key, target) for key in config.keys}
+    directory = Path(config.input).expanduser()
+    parts = {key: _find(directory, key, config.keys, target) for key in config.keys}
     of_samples = {key: found for key, found in parts.items() if key.startswith(_SAMPLES)}
+    for key in of_samples:
+        check_prefix(target, kind_of(key.removeprefix(_SAMPLES)))
     samples = _samples(of_samples)
     with FileSet() as files:
         description = files.create(info_path(target)) if samples else None
@@ -81,18 +93,50 @@ def merge(config: MergeConfig) -> None:
         logger.info("%s_%s: %s", target, key, ", ".join(path.name for path in found))
 
 
-def _find(directory: Path, key: str, target: Path) -> list[Path]:
+def _find(directory: Path, key: str, keys: Sequence[str], target: Path) -> list[Path]:
     """Return the prefixes of the datasets of a key, in order; never the target of this run."""
     if not directory.is_dir():
         raise UsageError(f"--input {directory}: no such directory")
     datasets = sorted({path.with_suffix("") for path in _files(directory)})
     ours = target.parent.resolve() / f"{target.name}_{key}"
-    found = [path for path in datasets if path.name.endswith(f"_{key}")]
-    found = [path for path in found if directory.resolve() / path.name != ours]
+    named = [path for path in datasets if path.name.endswith(f"_{key}")]
+    of = {path: _key(path, keys) for path in named if directory.resolve() / path.name != ours}
+    found = [path for path, its_key in of.items() if its_key == key]
     if not found:
         present = ", ".join(path.name for path in datasets) or "no dataset"
-        raise UsageError(f"--keys {key}: --input {directory} has no *_{key}; it has {present}")
+        others = "".join(f"; {path.name} is of {its_key}" for path, its_key in of.items())
+        raise UsageError(
+            f"--keys {key}: --input {directory} has no *_{key}; it has {present}{others}"
+        )
+    if not key.startswith(_SAMPLES):
+        _check_names(found, key)
     return found
+
+
+def _key(path: Path, keys: Sequence[str]) -> str:
+    """Return the key of a dataset: what its description says, or the longest that its name has."""
+    info = read_sidecar(path)
+    if info is not None:
+        return f"{info.key}_{info.level}"
+    return max((key for key in keys if path.name.endswith(f"_{key}")), key=len)
+
+
+def _check_names(found: Sequence[Path], key: str) -> None:
+    """Refuse names without a description that do not say where the key begins.
+
+    Beside `a_text_document`, `a_full_text_document` may be the column `full_text` of the same part.
+    Columns do not begin with a number, parts (`a_2_text_document`) do.
+    """
+    parts = {path.name.removesuffix(f"_{key}"): path for path in found}
+    for name, path in parts.items():
+        words = name.split("_")
+        for count in range(1, len(words)):
+            part, longer = "_".join(words[:count]), "_".join([*words[count:], key])
+            if part in parts and not longer[0].isdigit() and read_sidecar(path) is None:
+                raise UsageError(
+                    f"--keys {key}: {path} may be of the key {longer}, as {parts[part].name} is "
+                    "there too; give both keys, or rename it"
+                )
 
 
 def _files(directory: Path) -> Iterator[Path]:

@@ -18,7 +18,7 @@ from ml_data import handlers
 from ml_data.handlers.dataset_info import datasets
 from ml_data.instruction.mixing import MixStrategy
 from ml_data.pretraining.pretrain_text import PretrainHandler
-from ml_data.tokenizer import TokenizerType
+from ml_data.tokenizer.loading import FILES, TokenizerType
 from ml_models.commands import did_you_mean, run_command
 from ml_models.flags import UsageError, parse
 
@@ -133,10 +133,11 @@ _FLAGS: dict[Command, tuple[str, ...]] = {
     "merge": ("input", "output_prefix"),
 }
 """Flags that mean something to a command, in the order they are printed."""
+_SKIP = ("--on-too-long", "skip", "--on-error", "skip")
 _ALWAYS: dict[Command, tuple[str, ...]] = {
     "pretrain": ("--document", "per-line", "--token-dtype", "int32"),
-    "instruct": ("--on-too-long", "skip"),
-    "preference": ("--on-too-long", "skip"),
+    "instruct": _SKIP,
+    "preference": _SKIP,
     "merge": (),
 }
 """What is ModelLink's way but not the default here."""
@@ -167,10 +168,19 @@ def translate(config: PreprocessConfig) -> tuple[Command, list[str], list[str]]:
         )
     command = _command(config)
     given = dict(_given(config))
-    passed = [word for name in _FLAGS[command] for word in given.pop(name, ())]
+    read = [name for name in _FLAGS[command] if name not in _unread(config)]
+    passed = [word for name in read for word in given.pop(name, ())]
     if command == "merge":
         passed += ["--keys", *given.pop("merge_group_keys")[1:]]
     return command, [*passed, *_ALWAYS[command]], [words[0] for words in given.values()]
+
+
+def _unread(config: PreprocessConfig) -> set[str]:
+    """Return the flags that are of another handler or tokenizer than the one that is named."""
+    unread = {"vocab_file", "merge_file"} - set(FILES.get(config.tokenizer.tokenizer_type, ()))
+    return (
+        unread if config.data.handler_name == handlers.LLAMA_FACTORY else {*unread, "dataset_dir"}
+    )
 
 
 def _command(config: PreprocessConfig) -> Command:

@@ -18,11 +18,12 @@ and documented by the string below it:
 | `int`, `float`, `str`, `Path` | `--lr 1e-4`; a float is never nan, a path may begin with `~` |
 | `bool` | `--decay`, `--no-decay`, and older negative names of metadata `off`: `--constant` |
 | `Literal["a", "b"]` | one of them |
-| `tuple[T, ...]` | `0 1 2`, `0,1,2` or both; a comma always separates |
+| `tuple[T, ...]` | `0 1 2`, `0,1,2`, `0, 1, 2`; a comma always separates |
 | `tuple[Text, ...]` | `"a, b" c` or `--flag "a, b" --flag c`; a comma never separates |
 | `T | None`, `T | U` | as T; what T refuses, as U |
 
-Metadata `aliases` lists other names. A field without a default is required.
+Metadata `aliases` lists other names. A field without a default is required. A config that has a
+method `check_given(names)` is told which fields were given: a default may have been meant.
 
 A config file is flags written down: each entry goes through the parser of the command line, tables
 only group, `_` is `-`, null leaves the default. Later files win over earlier ones, flags of the
@@ -40,7 +41,7 @@ import itertools
 import sys
 import textwrap
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
@@ -77,6 +78,11 @@ def parse(config_type: type[T], argv: Sequence[str], *, prog: str, description: 
 
 
 # From dataclasses to flags and back.
+
+
+@typing.runtime_checkable
+class _ChecksGiven(typing.Protocol):
+    def check_given(self, names: Collection[str]) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +128,7 @@ def _flags(config_type: Any, instance: Any = None, group: str | None = None) -> 
 
 def _build(config_type: Any, values: dict[str, Any], instance: Any = None) -> Any:
     """Make a config of `values` by field name, the others as in `_flags`."""
-    return config_type(
+    made = config_type(
         **{
             field.name: _build(hint, values, default)
             if dataclasses.is_dataclass(hint)
@@ -130,6 +136,9 @@ def _build(config_type: Any, values: dict[str, Any], instance: Any = None) -> An
             for field, hint, default in _fields(config_type, instance)
         }
     )
+    if isinstance(made, _ChecksGiven):
+        made.check_given(values.keys())
+    return made
 
 
 def _fields(config_type: Any, instance: Any) -> Iterator[tuple[dataclasses.Field[Any], Any, Any]]:

@@ -27,6 +27,9 @@ class Text(str):
 def convert(hint: Any, given: str | Sequence[str]) -> Any:
     """Convert the word (for a tuple: the words) after a flag to `hint`.
 
+    A stray comma between names gives no name: `Path("")` would be the working directory. Between
+    numbers it is an error. One empty word is the empty tuple, as config files have it.
+
     Raises:
         ValueError: with what was given and what is valid.
     """
@@ -35,9 +38,12 @@ def convert(hint: Any, given: str | Sequence[str]) -> Any:
     item = typing.get_args(hint)[0]
     if item is Text:
         return tuple(map(Text, given))
-    separator = r"," if item in (str, Path) else r"\s*,\s*|\s+"
-    parts = [part for text in given if text for part in re.split(separator, text)]
-    return tuple(_scalar(item, part) for part in parts)
+    names = item in (str, Path)
+    separator = r"\s*,\s*" if names else r"\s*,\s*|\s+"
+    parts = [part for text in given if text for part in re.split(separator, text.strip())]
+    if names and parts and not any(parts):
+        raise ValueError(f"{' '.join(given)!r} has nothing between its commas")
+    return tuple(_scalar(item, part) for part in parts if part or not names)
 
 
 def without_none(hint: Any) -> Any:

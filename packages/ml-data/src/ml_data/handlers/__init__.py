@@ -28,7 +28,7 @@ Convert: TypeAlias = Callable[
 ]
 
 _ALPACA = ("prompt", "query", "response", "history", "system", "tools")
-_SHAREGPT = ("messages", "system", "tools")
+_SHAREGPT = ("messages", "system", "tools", "tags")
 _PAIR = ("chosen", "rejected")
 _COLUMNS = Columns()
 _OPENAI = Columns(
@@ -54,7 +54,7 @@ class Handler:
     columns: Columns = _COLUMNS
     """The names of the columns, unless `--map-keys` says otherwise."""
     fields: tuple[str, ...] = ()
-    """Columns that `--map-keys` can name."""
+    """Columns that `--map-keys` can name, and `tags` where messages have some."""
     pairwise: bool = False
     """Whether it gives preferences."""
     chat_format: Callable[[Tokenizer], ChatFormat] | None = None

@@ -117,8 +117,10 @@ def map_keys(columns: Columns, mapping: Mapping[str, Any], fields: tuple[str, ..
     """
     where = "--map-keys"
     for key in mapping:
-        if key not in (*fields, "tags"):
-            raise UsageError(f"{where}: no key {key!r}{did_you_mean(key, (*fields, 'tags'))}")
+        if key not in fields:
+            known = ", ".join(fields)
+            near = did_you_mean(key, fields)
+            raise UsageError(f"{where}: no key {key!r}; this handler has {known}{near}")
     given = {key: name for key, name in mapping.items() if key != "tags"}
     _check_names(where, given)
     names: dict[str, Any] = {key: name or None for key, name in given.items()}

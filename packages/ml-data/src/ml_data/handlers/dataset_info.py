@@ -116,7 +116,10 @@ def _dataset(name: str, entries: dict[str, Any], root: Path, *, pairwise: bool) 
 
 
 def _check_place(entry: dict[str, Any], where: str) -> None:
-    if isinstance(entry.get("file_name"), str):
+    name = entry.get("file_name")
+    if name == "":  # as a path it would be the directory of dataset_info.json
+        raise UsageError(f'{where}: file_name "": must name a file or a directory')
+    if isinstance(name, str):
         return
     place = next((key for key in _ON_A_HUB if key in entry), None)
     if place is not None:

@@ -3,7 +3,7 @@
 As in their fine-tuning API: `weight` 0 keeps an answer out of the loss, content is text or a list
 of text parts, `tools` (or the older `functions`) stands beside `messages`. `reasoning_content`
 becomes `<think>...</think>` before the answer, as reasoning models write it. What several tools
-answer in a row is one message, a line of each.
+answer in a row is one message that has each of the answers.
 """
 
 from __future__ import annotations
@@ -65,10 +65,12 @@ def _read(record: Mapping[str, Any], messages: Any, columns: Columns) -> Convers
 def _joined(messages: list[Message]) -> Iterator[Message]:
     """Join what several tools answered to one message of several calls."""
     for role, run in groupby(messages, key=lambda message: message.role):
-        if role == "observation":
-            yield Message(role, "\n".join(message.content for message in run))
+        same = list(run)
+        if role == "observation" and len(same) > 1:
+            answers = tuple(message.content for message in same)
+            yield Message(role, "\n".join(answers), answers=answers)
         else:
-            yield from run
+            yield from same
 
 
 def _message(message: Any, tags: Tags, what: str) -> Message:

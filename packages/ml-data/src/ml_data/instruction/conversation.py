@@ -30,6 +30,13 @@ class Message:
     content: str
     learned: bool = True
     """Whether the loss sees it; only of the model's messages."""
+    answers: tuple[str, ...] = ()
+    """What each of several tools answered, for an observation; `content` is a line of each."""
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """What was answered, of one tool or several."""
+        return self.answers or (self.content,)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,14 @@ from ml_data.instruction.mixing import MixStrategy, Spool, gather, interleaved
 from ml_data.instruction.packing import Packer
 from ml_data.instruction.ragged import Samples
 from ml_data.instruction.sample_encoding import EncodedChunk, SampleEncoding, make_sample_encoder
-from ml_data.instruction.sample_info import FileInfo, SampleInfo, info_path
+from ml_data.instruction.sample_info import (
+    FileInfo,
+    Kind,
+    SampleInfo,
+    check_prefix,
+    info_path,
+    kind_of,
+)
 from ml_data.instruction.turns import IGNORED
 from ml_data.progress import Done, Progress, show_progress
 from ml_data.reading import Chunk, read_chunks
@@ -57,6 +64,11 @@ class Preparation:
         """`output_prefix` with ~ as the home directory."""
         return str(Path(self.output_prefix).expanduser())
 
+    @property
+    def kind(self) -> Kind:
+        """What a sample is."""
+        return kind_of(self.encoding.columns[0])
+
 
 def run(preparation: Preparation, log_interval: int) -> int:
     """Prepare with progress and a summary on the log; return the exit code."""
@@ -74,9 +86,11 @@ def prepare(preparation: Preparation, progress: Progress) -> tuple[SampleInfo, S
 
     Raises:
         UsageError: an input, the tokenizer or the template is missing or not as it should be, a
-            record is not what its format says (with `on_error` stop), or there is no sample at all.
+            record is not what its format says (with `on_error` stop), there is no sample at all, or
+            data of the other kind lie at the prefix.
         OSError: the files cannot be written, or a worker died.
     """
+    check_prefix(preparation.prefix, preparation.kind)
     encoding = preparation.encoding
     tokenizer = encoding.tokenizer.load()
     for dataset in encoding.datasets:
@@ -285,7 +299,7 @@ class _Writer:
     def _info(self, account: SampleAccount) -> SampleInfo:
         encoding = self._preparation.encoding
         return SampleInfo(
-            kind="preference" if "chosen_labels" in self._columns else "instruction",
+            kind=self._preparation.kind,
             **vars(TokenizerInfo.of(self._tokenizer)),
             template=encoding.template_name,
             handlers=tuple(dataset.handler for dataset in encoding.datasets),

@@ -30,7 +30,7 @@ class Source:
     map_keys: str | None = None
     """Names of columns and tags, JSON: '{"prompt": "question", "response": "answer"}'."""
     dataset_dir: str | None = None
-    """Directory of the dataset_info.json that names datasets."""
+    """Directory of the dataset_info.json that names datasets of LlamaFactoryInstructionHandler."""
     max_samples: int | None = None
     """Take only the first so many records of each dataset."""
 
@@ -180,6 +180,11 @@ def _datasets(source: Source, *, pairwise: bool) -> tuple[Dataset, ...]:
         found = dataset_info.datasets(source.input, source.dataset_dir, pairwise=pairwise)
     else:
         handler = handlers.find(name, pairwise=pairwise)
+        if source.dataset_dir is not None:
+            raise UsageError(
+                f"--dataset-dir {source.dataset_dir}: is read with --handler-name "
+                f"{handlers.LLAMA_FACTORY} only, not {name}"
+            )
         columns = handlers.columns_of(handler, source.map_keys)
         found = [Dataset(input=(path,), handler=name, columns=columns) for path in source.input]
     return tuple(

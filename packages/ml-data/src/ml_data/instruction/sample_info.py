@@ -11,6 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ml_data.description import TokenizerInfo, check_size, known, read_description
+from ml_models.flags import UsageError
+
+Kind = Literal["instruction", "preference"]
+_FIRST: dict[Kind, str] = {"instruction": "input_ids", "preference": "chosen_input_ids"}
+"""A column that every dataset of a kind has."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +34,7 @@ class FileInfo:
 class SampleInfo(TokenizerInfo):
     """Instruction or preference data on disk."""
 
-    kind: Literal["instruction", "preference"]
+    kind: Kind
     """What a sample is."""
     template: str
     """`--prompt-type`, `hf-chat-template`, or the handler that writes conversations itself."""
@@ -68,6 +73,26 @@ class SampleInfo(TokenizerInfo):
 def info_path(prefix: str | Path) -> Path:
     """Return the path of the description of the data at `prefix` (`--output-prefix`)."""
     return Path(f"{prefix}_packed.json")
+
+
+def kind_of(column: str) -> Kind:
+    """Return what a sample is that has a column of this name."""
+    return "preference" if column.startswith(("chosen_", "rejected_")) else "instruction"
+
+
+def check_prefix(prefix: str | Path, kind: Kind) -> None:
+    """Check that no samples of the other kind lie at a prefix: both have the same description.
+
+    Raises:
+        UsageError: there are some.
+    """
+    for other, column in _FIRST.items():
+        path = Path(f"{prefix}_packed_{column}_document.idx")
+        if other != kind and path.exists():
+            raise UsageError(
+                f"--output-prefix {prefix}: {other} data are there ({path.name}), which {kind} "
+                "data cannot lie beside; choose another prefix, or remove them"
+            )
 
 
 def read_sample_info(prefix: str | Path) -> SampleInfo | None:

@@ -18,6 +18,7 @@ If not one turn fits, its answer is cut, and then nothing says that it ended the
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, NamedTuple
@@ -155,9 +156,18 @@ def _samples(
     if not fits(part):
         if limits.on_too_long == "skip":
             raise LeftOutError(limits.too_long)
-        # Not one after the other: of a conversation of many turns that takes many times as long.
-        part = min(bisect_left(range(len(parts)), True, lo=1, key=fits), len(parts) - 1)
+        part = _largest(len(parts), fits)
     return [_sample_of(turns, limits, cut=part > 0) for turns in encode(part)]
+
+
+def _largest(count: int, fits: Callable[[int], bool]) -> int:
+    """Return the number of the first part but the whole that fits; if none does, of the last."""
+    # Not one after the other: of a conversation of many turns that takes many times as long.
+    part = min(bisect_left(range(count), True, lo=1, key=fits), count - 1)
+    if fits(part):
+        return part
+    # Fewer turns may be more tokens: an answer may keep its thoughts only where it is the last.
+    return next(filter(fits, range(1, count)), part)
 
 
 def _parts(messages: tuple[Message, ...], limits: Limits) -> list[slice]:

@@ -42,6 +42,8 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
 
 
 def _files_of(given: str) -> list[Path]:
+    if not given:  # Path("") is the working directory
+        raise UsageError("--input '': names no file, directory or pattern")
     path = Path(given).expanduser()
     if path.is_dir():
         return _directory(given, path)

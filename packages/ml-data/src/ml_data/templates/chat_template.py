@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -170,13 +171,19 @@ def messages_of(conversation: Conversation, form: CallForm) -> list[Json]:
     messages: list[Json] = []
     if conversation.system:
         messages.append({"role": "system", "content": conversation.system})
-    call_id = ""
-    for number, message in enumerate(conversation.messages):
+    calls = 0
+    ids: list[str] = []  # of the calls that are answered next
+    for message in conversation.messages:
         if message.role == "function":
-            call_id = f"call{number:05}"  # Mistral's templates want nine letters or digits
-            messages.append(_calling(message, call_id, form))
+            messages.append(_calling(message, calls, form))
+            ids = [call["id"] for call in messages[-1]["tool_calls"]]
+            calls += len(ids)
         elif message.role == "observation":
-            messages.append({"role": "tool", "content": message.content, "tool_call_id": call_id})
+            answers = itertools.zip_longest(message.observed, ids[: len(message.observed)])
+            messages += [
+                {"role": "tool", "content": content, "tool_call_id": id_ or ""}
+                for content, id_ in answers
+            ]
         else:
             messages.append({"role": message.role, "content": message.content})
     return messages
@@ -190,12 +197,17 @@ def tools_of(conversation: Conversation) -> list[Json] | None:
     return [{"type": "function", "function": function} for function in functions] or None
 
 
-def _calling(message: Message, call_id: str, form: CallForm) -> Json:
+def _calling(message: Message, earlier: int, form: CallForm) -> Json:
+    """Return a message with calls, numbered after the `earlier` ones."""
     calls, text = read_calls(message.content)
     if form.text_arguments:
         calls = [{**call, "arguments": to_json(call["arguments"])} for call in calls]
     return {
         "role": "assistant",
         "content": text or form.no_text,
-        "tool_calls": [{"id": call_id, "type": "function", "function": call} for call in calls],
+        "tool_calls": [
+            # Mistral's templates want nine letters or digits
+            {"id": f"call{number:05}", "type": "function", "function": call}
+            for number, call in enumerate(calls, earlier + 1)
+        ],
     }

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ml_data.instruction.conversation import Conversation, Message, RecordError
 from ml_data.instruction.turns import IGNORED, Turn, Turns
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ml_data.tokenizer import Tokenizer
 
 _WORD = "qzwordzq"
+_THOUGHTS = "the thoughts of the last answer (a --prompt-type for models that think keeps them)"
 _SHAPES = 1000
 """So many shapes of conversations are remembered: with tools, almost every one has its own."""
 
@@ -103,12 +104,25 @@ class ChatTemplateFormat:
 
 def _shape(conversation: Conversation) -> tuple[str, ...]:
     """Return what a template may write differently: who speaks, and what there is."""
-    messages = [
-        "function with text" if m.role == "function" and read_calls(m.content)[1] else m.role
-        for m in conversation.messages
-    ]
-    parts = {"system": conversation.system, "tools": tools_of(conversation)}
+    messages = map(_message_shape, conversation.messages)
+    parts = {
+        "system": conversation.system,
+        "tools": tools_of(conversation),
+        "thoughts": _thinks(conversation),
+    }
     return (*messages, *(name for name, value in parts.items() if value))
+
+
+def _message_shape(message: Message) -> str:
+    if message.role != "function":
+        return f"{message.role} {len(message.observed)}"
+    calls, text = read_calls(message.content)
+    return f"{message.role} {len(calls)} {'with text' if text else ''}"
+
+
+def _thinks(conversation: Conversation) -> bool:
+    """Return whether the last answer has thoughts; templates may leave out earlier ones."""
+    return "</think>" in conversation.messages[-1].content
 
 
 def _form(template: ChatTemplate, conversation: Conversation) -> CallForm:
@@ -144,12 +158,25 @@ def _probe(conversation: Conversation) -> tuple[Conversation, dict[str, str]]:
 
     def content(message: Message) -> str:
         if message.role == "function":
-            call = {"name": word("calls"), "arguments": {word("calls"): word("calls")}}
-            text = word("text before calls") if read_calls(message.content)[1] else ""
-            return json.dumps({"content": text, "tool_calls": [call]})
-        return word(f"what the {message.role} says")
+            calls, text = read_calls(message.content)
+            text = thoughts(message) + (word("text before calls") if text else "")
+            return json.dumps({"content": text, "tool_calls": [call() for _ in calls]})
+        return thoughts(message) + word(f"what the {message.role} says")
 
-    messages = tuple(replace(m, content=content(m)) for m in conversation.messages)
+    def call() -> dict[str, Any]:
+        return {"name": word("calls"), "arguments": {word("calls"): word("calls")}}
+
+    def answers(message: Message) -> tuple[str, ...]:
+        return tuple(word(f"what the {message.role} says") for _ in message.answers)
+
+    def thoughts(message: Message) -> str:
+        last = message is conversation.messages[-1] and _thinks(conversation)
+        return f"<think>\n{word(_THOUGHTS)}\n</think>\n\n" if last else ""
+
+    messages = tuple(
+        replace(m, answers=answers(m)) if m.answers else replace(m, content=content(m))
+        for m in conversation.messages
+    )
     system = word("the system text") if conversation.system else None
     tools = None
     if tools_of(conversation):

@@ -84,6 +84,8 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise _error(path, "not a JSON object")
     inherited = _inherited(path, content.pop("extends", None), (*children, path.resolve()))
+    if "observation" in content:  # the separator is of what stood around the answers
+        inherited.pop("observation_separator", None)
     return {**inherited, **{key: _field(path, key, value) for key, value in content.items()}}
 
 
@@ -200,6 +202,7 @@ _FIELDS: Mapping[str, Callable[[Path, Any], Any]] = {
     "system_with_tools": _items(_ONLY_CONTENT, _ONLY_CONTENT),
     "user": _items(_QUESTION, _ONLY_CONTENT),
     "observation": _items(_QUESTION, _ONLY_CONTENT),
+    "observation_separator": _text,
     "assistant": _items(_ONLY_CONTENT, _ONLY_CONTENT),
     "function": _items(_ONLY_CONTENT, _ONLY_CONTENT),
     "separator": _items(_NOTHING, _NOTHING),

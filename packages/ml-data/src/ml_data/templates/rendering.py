@@ -21,7 +21,7 @@ def render(template: Template, conversation: Conversation) -> list[list[Piece]]:
     """
     messages, thoughts, no_thoughts = think(template.thinking, conversation.messages)
     if template.trim:
-        messages = [replace(message, content=message.content.strip()) for message in messages]
+        messages = [_trimmed(message) for message in messages]
     opening = _Opening(template, conversation)
     pieces: list[list[Piece]] = []
     for number, message in enumerate(messages):
@@ -72,7 +72,7 @@ class _Opening:
     def question(self, message: Message, number: int) -> list[Piece]:
         """Return a question, with the system text and the tools that belong into it."""
         template = self.template
-        content, before = message.content, []
+        content, before = template.observation_separator.join(message.observed), []
         if number == self.numbers[template.system_in]:
             content = "".join(str(piece) for piece in self._system()) + content
         if self.tools and number == self.numbers[template.tools_in]:
@@ -95,6 +95,11 @@ class _Opening:
             return []
         items = template.system_with_tools if self.tools else template.system
         return fill(items, {"content": system})
+
+
+def _trimmed(message: Message) -> Message:
+    answers = tuple(answer.strip() for answer in message.answers)
+    return replace(message, content=message.content.strip(), answers=answers)
 
 
 def _answer(template: Template, message: Message, thoughts: str) -> list[Piece]:

@@ -84,6 +84,8 @@ class Template:
     user: Items
     observation: Items
     """What a tool answered."""
+    observation_separator: str = "\n"
+    """Between what several tools answered, where all of it stands in one `observation`."""
     assistant: Items
     function: Items
     """The model calls tools; the content is what the tool format makes of the calls."""

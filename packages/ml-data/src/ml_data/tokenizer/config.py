@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ml_data.tokenizer.loading import TokenizerType, load_tokenizer
+from ml_data.tokenizer.loading import FILES, TokenizerType, load_tokenizer
 from ml_data.tokenizer.protocol import Tokenizer
 
 
@@ -30,6 +30,12 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         if self.tokenizer_name_or_path is None and self.vocab_file is None:
             raise ValueError("missing --tokenizer-name-or-path")
+        for name in ("vocab_file", "merge_file"):
+            file = getattr(self, name)
+            if file is not None and name not in FILES.get(self.tokenizer_type, ()):
+                types = " or ".join(str(one) for one, names in FILES.items() if name in names)
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} {file}: is read with --tokenizer-type {types} only")
 
     def load(self) -> Tokenizer:
         """Load the tokenizer.

@@ -24,6 +24,13 @@ TokenizerType = Literal[
 """ModelLink's and Megatron's names. For the first two, what is on disk chooses the library. The
 next three read a sentencepiece model, and of them only Llama2Tokenizer begins a text with BOS."""
 
+FILES: dict[TokenizerType | None, tuple[str, ...]] = {
+    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+    "BertWordPieceLowerCase": ("vocab_file",),
+    "BertWordPieceCase": ("vocab_file",),
+}
+"""The files by themselves that a type reads; the others read what is at the path only."""
+
 _PIECES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 _MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _OTHER_FILES = ("tokenizer_config.json", "vocab.json", "vocab.txt")
@@ -52,7 +59,7 @@ def load_tokenizer(
     Raises:
         UsageError: there is no tokenizer at `path`, or none that `tokenizer_type` can read.
     """
-    if tokenizer_type in ("GPT2BPETokenizer", "BertWordPieceLowerCase", "BertWordPieceCase"):
+    if tokenizer_type is not None and tokenizer_type in FILES:
         return _load_megatron(path, tokenizer_type, vocab_file, merge_file)
     if path is None:
         given = f"--tokenizer-type {tokenizer_type}" if tokenizer_type else "--vocab-file"
