@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 import transformers
@@ -71,6 +73,25 @@ def texts() -> list[str]:
 def save_tokenizer() -> Callable[..., None]:
     """Write the tokenizer into a directory; the size of its vocabulary can be given."""
     return write_tokenizer
+
+
+@pytest.fixture
+def sentencepiece_model(tmp_path, texts) -> Path:
+    """A model as Llama 2's, to which all but English letters are bytes."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts[:1]),
+        model_writer=model,
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        character_coverage=1.0,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -60,6 +60,21 @@ def test_impossible_values_are_refused(argv: list[str], message: str) -> None:
         read("--prompt", "a", *argv)
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ((), []),
+        (("--repetition-penalty", "1.2"), []),
+        (("--temperature", "0.5", "--top-k", "5"), ["--temperature", "--top-k"]),
+        (("--seed", "1", "--top-p", "0.5"), ["--top-p", "--seed"]),
+        (("--do-sample", "--temperature", "0.5"), []),
+        (("--do-sample", "--temperature", "0.5", "--greedy"), ["--temperature"]),
+    ],
+)
+def test_flags_of_drawing_tokens_need_do_sample(argv, expected: list[str]) -> None:
+    assert read("--prompt", "a", *argv).sampling.without_effect == expected
+
+
 def test_something_to_continue_is_needed() -> None:
     with pytest.raises(UsageError, match="give either --prompt or --prompt-file"):
         read()

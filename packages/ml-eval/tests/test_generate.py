@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -204,10 +205,13 @@ def torn(path: Path) -> None:
         (torn, [], r"model.safetensors: torn"),
         (None, ["--tokenizer-model", "missing"], "tokenizer missing: no such file or directory"),
         (None, ["--prompt", "x z " * 50], "leave no room for another one"),
-        (None, ["--add-eos-token", "xz"], "--add-eos-token 'xz': is 2 tokens"),
+        (None, ["--add-eos-token", "xz"], "--add-eos-token 'xz': is not a single token"),
+        (None, ["--iteration", "5"], "--iteration 5: --load-dir .* is one checkpoint; leave"),
+        (None, ["--prompt", "b", "--seed", f"{2**63 - 1}"],
+         r"--seed 9223372036854775807: must be from 0 to 2\*\*63 - 2 with 2 prompts"),
         (None, ["--true-vocab-size", "5"], "--true-vocab-size 5: .* says 303"),
     ],
-)
+)  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(
     save_model, tmp_path, capsys, damage: Callable[[Path], None], flags: list[str], message: str
 ) -> None:
@@ -224,11 +228,74 @@ def test_what_is_wrong_is_said_in_one_line(
     assert err.count("\n") == 1
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(
-    llama: Path, tmp_path, save_tokenizer, capsys
-) -> None:
-    save_tokenizer(tmp_path, 320)
-    flags = ["--load-dir", str(llama), "--tokenizer-name-or-path", str(tmp_path), "--prompt", "a"]
-    assert main(["generate", *flags]) == 2
-    expected = "but the vocabulary of the model has 303 tokens; it is not the model's tokenizer\n"
-    assert capsys.readouterr().err.endswith(expected)
+def test_prompts_may_have_the_last_seeds(llama: Path) -> None:
+    flags = ("--load-dir", llama, "--prompt", "a", "b", "--max-new-tokens", "2")
+    ((code, _, _),) = run(1, *flags, "--do-sample", "--seed", str(2**63 - 2))
+    assert code == 0
+
+
+def test_a_tokenizer_may_have_tokens_that_the_model_has_not(llama: Path, tmp_path, capsys) -> None:
+    larger = tokenizers.Tokenizer.from_file(str(llama / "tokenizer.json"))  # ids 0 to 299
+    larger.add_special_tokens([f"<image_{id_}>" for id_ in range(300, 304)])
+    larger.save(str(tmp_path / "tokenizer.json"))
+    flags = ("--load-dir", llama, "--tokenizer-name-or-path", tmp_path, "--max-new-tokens", "20")
+    ((code, shown, err),) = run(1, *flags, "--prompt", "The")
+    assert (code, shown[-1]) == (0, reference(llama, "The", 20) + "\n")
+    assert err.startswith(f"tokenizer {tmp_path}/tokenizer.json: has ids up to 303, and those of ")
+    assert main(["generate", *map(str, flags), "--prompt", "The <image_303>"]) == 2
+    expected = "its token '<image_303>' has the id 303, and those of the model end at 302"
+    assert expected in capsys.readouterr().err
+
+
+def test_flags_that_change_nothing_are_named(llama: Path) -> None:
+    flags = ("--load-dir", llama, "--prompt", "The", "--max-new-tokens", "2", "--top-k", "5")
+    ((code, _, err),) = run(1, *flags, "--temperature", "0.5")
+    first, *_, mode, _ = err.splitlines()
+    assert (code, mode) == (0, "greedy")
+    assert first == "without --do-sample these flags change nothing: --temperature, --top-k"
+    ((_, _, err),) = run(1, *flags, "--do-sample")
+    assert "change nothing" not in err
+
+
+def test_text_that_the_output_cannot_encode_is_escaped(llama: Path) -> None:
+    def job() -> tuple[int, bytes]:
+        written = io.BytesIO()
+        out = io.TextIOWrapper(written, encoding="latin-1")
+        flags = ["--load-dir", str(llama), "--prompt", "北京", "é", "--max-new-tokens", "20"]
+        with contextlib.redirect_stdout(out):
+            code = main(["generate", "--device", "cpu", *flags])
+        return code, written.getvalue()
+
+    ((code, shown),) = run_ranks(job, 1)
+    assert code == 0
+    first, second = shown.split(b"\n\n==> 2/2: \xe9 <==\n")
+    assert first.startswith(rb"==> 1/2: \u5317\u4eac <==")
+    texts = (reference(llama, "北京", 20), reference(llama, "é", 20) + "\n")
+    expected = [text.encode("latin-1", "backslashreplace") for text in texts]
+    assert [first.split(b"\n", 1)[1], second] == expected
+
+
+def test_an_environment_that_says_half_is_one_line(llama: Path) -> None:
+    def job() -> tuple[int, str]:
+        torch.distributed.destroy_process_group()
+        os.environ.pop("MASTER_ADDR", None)
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err):
+            code = main(["generate", "--device", "cpu", "--load-dir", str(llama), "--prompt", "a"])
+        return code, err.getvalue()
+
+    ((code, err),) = run_ranks(job, 1)
+    assert code == 2
+    assert re.fullmatch("ml-eval generate: RANK is set, .* set all that torchrun sets.*\n", err)
+
+
+@pytest.mark.parametrize("mode", ["--greedy", "--do-sample"])
+def test_a_model_that_has_diverged_is_one_line(llama: Path, tmp_path: Path, mode: str) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    model.lm_head.weight.data[5] = torch.nan
+    model.save_pretrained(tmp_path)
+    flags = ("--load-dir", tmp_path, "--tokenizer-name-or-path", llama, "--prompt", "The", mode)
+    ((code, shown, err),) = run(1, *flags)
+    assert (code, shown[-1]) == (2, "\n")
+    _, _, message = err.splitlines()
+    assert message.startswith("ml-eval generate: the model computes nan or infinite logits")

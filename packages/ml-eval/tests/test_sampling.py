@@ -12,6 +12,7 @@ from transformers.generation.logits_process import (
 
 from ml_eval.config import Sampling
 from ml_eval.sampling import choose, probabilities, repetition_penalty, top_k, top_p
+from ml_models.flags import UsageError
 
 
 @pytest.fixture
@@ -95,6 +96,17 @@ def test_a_text_does_not_depend_on_what_it_is_batched_with(logits) -> None:
     alone = choose(logits[3:4], ids[3:4], sampling, generators(6))
     assert together[3] == alone[0]
     assert together.tolist() != choose(logits, ids, sampling, generators(8, 9, 10, 11, 12)).tolist()
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_choose_no_token(logits, ids, value, do_sample: bool) -> None:
+    sampling, sources = Sampling(do_sample=do_sample), generators(*range(5))
+    logits[2, 3] = -torch.inf  # a token that cannot be chosen; the others can
+    choose(logits, ids, sampling, sources)
+    logits[2, 3] = value
+    with pytest.raises(UsageError, match="nan or infinite logits"):
+        choose(logits, ids, sampling, sources)
 
 
 def test_half_precision_logits_are_computed_in_float32() -> None:

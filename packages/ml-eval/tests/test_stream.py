@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import tokenizers
 
 from ml_data.tokenizer import load_tokenizer
@@ -17,25 +15,6 @@ MIXED = "你好,世界! 🙂👩‍👩‍👧 naïve  π≈3.14\n\n\t日本語 
 @pytest.fixture
 def bpe(tmp_path, save_tokenizer) -> Path:
     save_tokenizer(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def sentencepiece_model(tmp_path, texts) -> Path:
-    """A model as Llama 2's, to which all but English letters are bytes."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts[:1]),
-        model_writer=model,
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        character_coverage=1.0,
-        minloglevel=2,
-    )
-    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     return tmp_path
 
 

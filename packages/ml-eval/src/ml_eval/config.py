@@ -6,13 +6,15 @@ them. Nothing here needs torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 from ml_data.tokenizer import TokenizerType
 from ml_kernels.device import DeviceChoice
 from ml_models.hints import Text
+
+LARGEST_SEED = (1 << 63) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,17 @@ class Sampling:
         _check(self, "top_k", self.top_k >= 0, "at least 0")
         _check(self, "top_p", 0 <= self.top_p <= 1, "from 0 to 1")
         _check(self, "repetition_penalty", self.repetition_penalty > 0, "greater than 0")
-        _check(self, "seed", 0 <= self.seed < 1 << 63, "from 0 to 2**63 - 1")
+        _check(self, "seed", 0 <= self.seed <= LARGEST_SEED, "from 0 to 2**63 - 1")
+
+    @property
+    def without_effect(self) -> list[str]:
+        """Flags with a value of the user's that changes nothing, as no token is drawn."""
+        drawing = {"temperature", "top_k", "top_p", "seed"} if not self.do_sample else set()
+        return [
+            _option(flag.name)
+            for flag in fields(self)
+            if flag.name in drawing and getattr(self, flag.name) != flag.default
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +97,7 @@ class Ending:
     max_length: int | None = None
     """Longest text of prompt and continuation, in tokens; default what the model is made for."""
     add_eos_token: tuple[Text, ...] = ()
-    """Tokens that end the text besides the model's own, as spelled in the tokenizer."""
+    """Tokens that end the text besides the model's own, as text or as spelled in the tokenizer."""
     stop: tuple[Text, ...] = ()
     """Texts that end the continuation when they come up; they are not part of it."""
 
@@ -123,4 +135,8 @@ class GenerateConfig:
 def _check(config: object, name: str, valid: bool, rule: str) -> None:
     if not valid:
         value = getattr(config, name)
-        raise ValueError(f"--{name.replace('_', '-')} {value}: must be {rule}")
+        raise ValueError(f"{_option(name)} {value}: must be {rule}")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

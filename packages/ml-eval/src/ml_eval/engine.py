@@ -120,7 +120,8 @@ def load(
         tensor_model_parallel_size: Ranks to cut the model over; None = all there are.
 
     Raises:
-        UsageError: The device cannot be used, or the model cannot be cut in so many parts.
+        UsageError: The device cannot be used, the environment does not say where the ranks meet,
+            or the model cannot be cut in so many parts.
     """
     bound, alone = _join(device)
     size = torch.distributed.get_world_size()
@@ -148,11 +149,11 @@ def _join(choice: DeviceChoice) -> tuple[platform.Device, bool]:
     """Bind this process to a device; joins the default process group unless it is in one."""
     try:
         device = platform.activate(choice)
+        alone = not torch.distributed.is_initialized()
+        if alone:
+            platform.initialize_process_group(device)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    alone = not torch.distributed.is_initialized()
-    if alone:
-        platform.initialize_process_group(device)
     return device, alone
 
 

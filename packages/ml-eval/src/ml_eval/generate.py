@@ -7,6 +7,7 @@ does with files); what is going on is said on standard error.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -20,8 +21,9 @@ from ml_convert import Request
 from ml_convert.input import open_source
 from ml_convert.source import Source
 from ml_data.tokenizer import Tokenizer, load_tokenizer
-from ml_eval.config import GenerateConfig, Model, Sampling
-from ml_eval.prompts import check_vocabulary, encode, eos_ids, read_prompts
+from ml_eval.config import LARGEST_SEED, GenerateConfig, Model, Sampling
+from ml_eval.prompts import encode, eos_ids, read_prompts
+from ml_models.architecture import Architecture
 from ml_models.flags import UsageError, parse
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 def main(argv: Sequence[str], prog: str) -> int:
     """Run the command with the flags `argv`; return its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not have all that a text has
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _run(argv, prog)
     except BrokenPipeError:  # the reader has enough, as in `ml-eval generate ... | head`
@@ -46,10 +50,12 @@ def _run(argv: Sequence[str], prog: str) -> int:
     config = parse(GenerateConfig, argv, prog=prog)
     source = _open(config.model)
     tokenizer = _load_tokenizer(config.model)
-    check_vocabulary(tokenizer, source.arch)
     texts = read_prompts(config.prompts)
+    _check_seeds(config.sampling, len(texts))
     prompts = encode(tokenizer, texts, source.arch, max_length=config.ending.max_length)
     ends = eos_ids(source.path, source.config, tokenizer, config.ending.add_eos_token)
+    if _is_leader():
+        _warn(config.sampling, tokenizer, source.arch)
     engine = _load_engine(config.model, source)
     continuations = _continue(engine, config, tokenizer, prompts, ends)
     if _is_leader():
@@ -76,7 +82,13 @@ def _open(model: Model) -> Source:
         true_vocab_size=model.true_vocab_size,
         verify="bits",  # its hashes: a damaged checkpoint would talk, too
     )
-    return open_source(request)
+    source = open_source(request)
+    if model.iteration is not None and source.path == model.load_dir:
+        raise UsageError(
+            f"--iteration {model.iteration}: --load-dir {model.load_dir} is one checkpoint; leave "
+            "--iteration out, or give the directory of several Megatron checkpoints"
+        )
+    return source
 
 
 def _load_tokenizer(model: Model) -> Tokenizer:
@@ -86,6 +98,30 @@ def _load_tokenizer(model: Model) -> Tokenizer:
         if model.tokenizer_name_or_path is not None:
             raise
         raise UsageError(f"{error}; give --tokenizer-name-or-path") from error
+
+
+def _check_seeds(sampling: Sampling, prompts: int) -> None:
+    """Check the seed of the last prompt, as each has the next one."""
+    if sampling.seed + prompts - 1 > LARGEST_SEED:
+        raise UsageError(
+            f"--seed {sampling.seed}: must be from 0 to 2**63 - {prompts} with {prompts} prompts, "
+            "each of which has the next seed"
+        )
+
+
+def _warn(sampling: Sampling, tokenizer: Tokenizer, arch: Architecture) -> None:
+    """Say what is not wrong, but perhaps not meant."""
+    if sampling.without_effect:
+        flags = ", ".join(sampling.without_effect)
+        logger.warning("without --do-sample these flags change nothing: %s", flags)
+    if tokenizer.vocab_size > arch.vocab_size:  # added tokens that the model was not resized for
+        logger.warning(
+            "tokenizer %s: has ids up to %d, and those of the model end at %d; the others cannot "
+            "be in a prompt",
+            tokenizer.path,
+            tokenizer.vocab_size - 1,
+            arch.vocab_size - 1,
+        )
 
 
 def _load_engine(model: Model, source: Source) -> Engine:

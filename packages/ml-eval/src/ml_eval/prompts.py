@@ -15,7 +15,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 def read_prompts(config: Prompts) -> list[str]:
-    """Return the texts to continue; empty lines of a file are left out.
+    """Return the texts to continue; empty lines of a file and its byte order mark are left out.
 
     Raises:
         UsageError: The file cannot be read, or has no text.
@@ -24,7 +24,7 @@ def read_prompts(config: Prompts) -> list[str]:
     if path is None:
         return list(config.prompt)
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UsageError(f"--prompt-file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -41,7 +41,8 @@ def encode(
     """Return the ids of each text, as the tokenizer begins texts.
 
     Raises:
-        UsageError: A text has no tokens, or so many that there is no room for another one.
+        UsageError: A text has no tokens, or one that the model does not know, or so many that
+            there is no room for another one.
     """
     limits = [(arch.max_position_embeddings, "the model's max_position_embeddings")]
     if max_length is not None:
@@ -52,6 +53,12 @@ def encode(
         shown = text if len(text) <= 40 else f"{text[:37]}..."
         if not ids:
             raise UsageError(f"prompt {shown!r}: has no tokens, and this tokenizer adds none")
+        if max(ids) >= arch.vocab_size:
+            token = tokenizer.decode([max(ids)], skip_special_tokens=False)
+            raise UsageError(
+                f"prompt {shown!r}: its token {token!r} has the id {max(ids)}, and those of the "
+                f"model end at {arch.vocab_size - 1}; is {tokenizer.path} the model's tokenizer?"
+            )
         if len(ids) >= limit:
             raise UsageError(
                 f"prompt {shown!r}: {len(ids)} tokens leave no room for another one; {name} is "
@@ -60,50 +67,44 @@ def encode(
     return prompts
 
 
-def check_vocabulary(tokenizer: Tokenizer, arch: Architecture) -> None:
-    """Check that the model has an embedding for every token.
-
-    Raises:
-        UsageError: It has fewer.
-    """
-    if tokenizer.vocab_size > arch.vocab_size:
-        raise UsageError(
-            f"tokenizer {tokenizer.path}: has ids up to {tokenizer.vocab_size - 1}, but the "
-            f"vocabulary of the model has {arch.vocab_size} tokens; it is not the model's tokenizer"
-        )
-
-
 def eos_ids(
     directory: Path, config: Mapping[str, object], tokenizer: Tokenizer, more: Iterable[str]
 ) -> frozenset[int]:
     """Find the tokens that end a text.
 
-    As in transformers, generation_config.json decides, without it config.json; the tokenizer does
-    where neither is.
+    The first that names any decides: generation_config.json, config.json, the tokenizer.
 
     Args:
         directory: The model's.
         config: Its config.json, empty for a Megatron checkpoint.
         tokenizer: The model's tokenizer.
-        more: Other tokens that end a text, as the tokenizer spells them.
+        more: Other tokens that end a text.
 
     Raises:
         UsageError: One of `more` is no single token.
     """
     path = directory / GENERATION_CONFIG
-    described = read_json(path) if path.is_file() else config
-    found = described.get("eos_token_id")
-    ids = list(found) if isinstance(found, list) else [found]
-    if None in ids:
-        ids = [tokenizer.eod]
-    extra = list(more)
-    for text, tokens in zip(
-        extra, tokenizer.encode_batch(extra, add_special_tokens=False), strict=True
-    ):
-        if len(tokens) != 1:
-            raise UsageError(
-                f"--add-eos-token {text!r}: is {len(tokens)} tokens of this tokenizer, not one; "
-                "to end at a text give --stop"
-            )
-        ids += tokens
+    generation = read_json(path) if path.is_file() else {}
+    named = (described.get("eos_token_id") for described in (generation, config))
+    found = next((ids for ids in named if ids is not None), tokenizer.eod)
+    ids = [*(found if isinstance(found, list) else [found])]
+    ids += [_single_token(tokenizer, text) for text in more]
     return frozenset(id_ for id_ in ids if isinstance(id_, int))
+
+
+def _single_token(tokenizer: Tokenizer, text: str) -> int:
+    """Return the token that stands for a text, or else the one the vocabulary spells like it.
+
+    The text comes first: GPT-2's vocabulary spells the byte E9 "é", and this letter "Ã©".
+    """
+    (ids,) = tokenizer.encode_batch([text], add_special_tokens=False)
+    # Twice, as sentencepiece hides the space at the start of a text: one "▁." would be "." as well.
+    if len(ids) == 1 and tokenizer.decode(ids * 2, skip_special_tokens=False) == text * 2:
+        return ids[0]
+    spelled = tokenizer.token_id(text)
+    if spelled is None:
+        raise UsageError(
+            f"--add-eos-token {text!r}: is not a single token of this tokenizer; to end at a text "
+            "give --stop"
+        )
+    return spelled

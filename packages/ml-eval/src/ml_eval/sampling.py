@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from ml_eval.config import Sampling
+from ml_models.flags import UsageError
 
 
 def choose(
@@ -30,7 +31,15 @@ def choose(
 
     Returns:
         `(B,)` int64, on the device of `ids`.
+
+    Raises:
+        UsageError: A logit is nan, or the largest one infinite.
     """
+    if not logits.amax(dim=-1).isfinite().all():  # one nan makes the largest one nan
+        raise UsageError(
+            "the model computes nan or infinite logits, which choose no token: the weights in "
+            "--load-dir have diverged, or are too large for --params-dtype; give another checkpoint"
+        )
     logits = repetition_penalty(logits.float(), ids, sampling.repetition_penalty)
     if not sampling.do_sample:
         return logits.argmax(dim=-1)
