@@ -391,6 +391,20 @@ def test_what_the_kernel_cannot_do_is_said(sizes, options, message):
         flash_attention(*tensors, layout="BNSD", **moved(options))
 
 
+def test_more_sequences_than_the_kernel_takes_are_refused():
+    tensors = [simulated(torch.zeros(1025, 2, 8)) for _ in range(3)]
+    ends = {"cu_seqlens_q": tuple(range(1026)), "cu_seqlens_k": tuple(range(1026))}
+    with pytest.raises(BackendUnavailableError, match=r"q has 1025 sequences: .* 1024 at"):
+        flash_attention(*tensors, layout="TND", **ends)
+
+
+def test_more_tokens_than_the_kernel_takes_are_refused():
+    query = simulated(torch.zeros(1, 1, 1, 8))
+    key = simulated(torch.zeros(1, (1 << 20) + 1, 1, 8))
+    with pytest.raises(BackendUnavailableError, match="1048577 tokens: the kernel takes 2"):
+        flash_attention(query, key, key, layout="BSND")
+
+
 def test_float64_is_refused():
     tensors = [simulated(t.double()) for t in inputs("BNSD")[:3]]
     with pytest.raises(BackendUnavailableError, match=r"query is torch.float64"):

@@ -26,6 +26,9 @@ from ml_kernels.layouts import Layout, from_heads_first, heads_first, widened
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_HEADS = 256
 _WIDEST_HEAD = 768
+_MOST_SEQUENCES = 1024
+_MOST_TOKENS = 1 << 20
+"""Of one sequence, or of all sequences together."""
 _ALIBI_ROWS = 1024
 """Of the biases of a longer triangle the kernel takes the last rows only."""
 
@@ -55,8 +58,19 @@ def _check(query: torch.Tensor, value: torch.Tensor, call: AttentionCall) -> Non
     )
     if max(widths) > _WIDEST_HEAD:
         raise _unavailable(f"head dimension: the kernel takes {_WIDEST_HEAD} at most")
+    _check_lengths(call)
     if call.sinks is not None and call.alibi_slopes is not None and call.alibi_form == "row":
         raise _unavailable("alibi_form 'row': with sinks the kernel's biases are the square form")
+
+
+def _check_lengths(call: AttentionCall) -> None:
+    if max(call.queries, call.keys) > _MOST_TOKENS:
+        raise _unavailable(f"{max(call.queries, call.keys)} tokens: the kernel takes 2**20 at most")
+    if call.layout != "TND" or call.alibi_slopes is not None:  # with slopes one after the other
+        return
+    if call.batch > _MOST_SEQUENCES:
+        problem = f"cu_seqlens_q has {call.batch} sequences"
+        raise _unavailable(f"{problem}: the kernel takes {_MOST_SEQUENCES} at most")
 
 
 def _unavailable(problem: str) -> BackendUnavailableError:
