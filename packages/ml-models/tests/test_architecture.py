@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from ml_models.architecture import Architecture
+from ml_models.flags import UsageError, parse
 
 
 def build(**changes):
@@ -315,3 +316,19 @@ def test_every_flag_that_needs_another_is_refused_without_it():
         name = field.name.replace("_", "-")
         with pytest.raises(ValueError, match=f"--{name}.*: means nothing without --"):
             build(**changes)
+
+
+def parsed(words):
+    sizes = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 64"
+    return parse(Architecture, f"{sizes} {words}".split(), prog="test")
+
+
+@pytest.mark.parametrize("words", ["--moe-router-topk 2", "--moe-layer-freq 1"])
+def test_a_flag_that_means_nothing_is_refused_at_its_default_too(words):
+    with pytest.raises(UsageError, match=f"^{words}: means nothing without --num-experts$"):
+        parsed(words)
+    parsed(f"{words} --num-experts 4")
+
+
+def test_a_flag_that_asks_for_nothing_needs_nothing():
+    parsed("--no-norm-topk-prob --moe-aux-loss-coeff 0")

@@ -161,6 +161,17 @@ def test_half_an_environment_of_a_launcher_is_refused(monkeypatch):
         platform.initialize_process_group(Device(type="cpu", index=0))
 
 
+@pytest.mark.parametrize(("name", "value"), [("RANK", "3"), ("RANK", "x"), ("MASTER_PORT", "x")])
+def test_an_environment_that_makes_no_sense_is_refused_before_anybody_waits(
+    monkeypatch, name, value
+):
+    where = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for variable, text in {**where, name: value}.items():
+        monkeypatch.setenv(variable, text)
+    with pytest.raises(ValueError, match=f"^{name}={value} in the environment: must be "):
+        platform.initialize_process_group(Device(type="cpu", index=0), join_minutes=0.002)
+
+
 def test_type_names_stay_usable_as_strings_and_keys():
     name = cpu.TypeName("torch.FloatTensor")
     assert {name: 1}["torch.FloatTensor"] == 1

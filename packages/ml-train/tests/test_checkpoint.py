@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import logging
 import re
 import resource
 import shutil
@@ -13,6 +12,13 @@ import signal
 
 import pytest
 import torch
+from checkpoint_job import (
+    edit,
+    resumed,
+    train,
+    without_optimizer,
+    write_two_checkpoints,
+)
 from training_job import LAYOUTS, UNTIED, Job, Rank, assemble
 
 from ml_models.dropout import Dropout
@@ -24,37 +30,6 @@ from ml_train.config import CheckpointConfig
 
 TIED = dataclasses.replace(UNTIED, untie_embeddings_and_output_weights=False)
 DROPOUT = Dropout(attention_dropout=0.1, hidden_dropout=0.1)
-
-
-def every_tensor(rank):
-    """Return weights and moments of the rank's shards, by kind."""
-    moments = {key: (lambda s, key=key: s.state[key]) for key in ("exp_avg", "exp_avg_sq")}
-    return {kind: rank.shards(read) for kind, read in {"main": lambda s: s.main, **moments}.items()}
-
-
-def train(job, steps, root=None, start=None, stop=None):
-    """Run steps [start, stop) after loading from root, if start is given; save at stop."""
-    from ml_train import checkpoint
-    from ml_train.state import Progress
-
-    rank = Rank(job)
-    first = 0
-    if start is not None:
-        progress = checkpoint.load(root, rank.state)
-        assert progress == Progress(
-            iteration=start, consumed_samples=8 * start, consumed_tokens=99 * start
-        )
-        first = start
-    before = every_tensor(rank)
-    losses = [rank.step(i).loss for i in range(first, stop or steps)]
-    if stop is not None:
-        checkpoint.save(
-            root,
-            rank.state,
-            Progress(iteration=stop, consumed_samples=8 * stop, consumed_tokens=99 * stop),
-            keep=None,
-        )
-    return losses, before, every_tensor(rank)
 
 
 def assembled(results, index, job):
@@ -176,10 +151,7 @@ def load_only(job, root):
 
 @pytest.fixture
 def two_checkpoints(tmp_path):
-    job = Job(topology=LAYOUTS["dp2 dist"][1])
-    run_ranks(train, 2, job, 2, tmp_path, None, 2)
-    run_ranks(train, 2, job, 4, tmp_path, 2, 4)
-    return job, tmp_path
+    return write_two_checkpoints(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
@@ -234,45 +206,6 @@ def test_a_pickle_that_would_run_code_is_refused(two_checkpoints, tmp_path):
 
 
 # Which checkpoint a run begins with
-
-
-class Lines(logging.Handler):
-    """What is said."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
-
-
-def resumed(job, flags):
-    """Return how far a run with these flags is when it begins, with what, and what it says."""
-    from ml_train import checkpoint
-
-    said, rank = Lines(), Rank(job)
-    logging.getLogger("ml_train").addHandler(said)
-    try:
-        found = checkpoint.resume(flags, rank.state)
-    except UsageError as error:
-        return None, None, [str(error)]
-    return found and found.iteration, every_tensor(rank), said.lines
-
-
-def without_optimizer(root):
-    """Leave of a checkpoint what one from elsewhere has: weights, and no manifest."""
-    for path in [*root.rglob("optimizer_shard_*.pt"), *root.rglob(MANIFEST)]:
-        path.unlink()
-    for path in root.rglob("model_optim_rng.pt"):
-        edit(path, lambda content: delattr(content["args"], "ml_train_version"))
-
-
-def edit(path, change):
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        content = torch.load(path, weights_only=True)
-    change(content)
-    torch.save(content, path)
 
 
 def test_a_run_that_began_elsewhere_continues_from_its_own_checkpoints(tmp_path):
@@ -353,7 +286,7 @@ def rename_norms(content):
     [
         (
             rename_norms,
-            "norms have Transformer Engine's names; rewrite the checkpoint with ml-conv",
+            "norms have Transformer Engine's names; rewrite it with ml-convert --load-dir",
         ),
         (
             lambda content: content["model"].pop("decoder.layers.3.mlp.linear_fc2.weight"),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
 import resource
 import signal
+import subprocess
+import termios
 import time
 from pathlib import Path
 
@@ -12,10 +16,12 @@ import pytest
 from launched import free_ports
 from pretrain_job import (
     assert_one_line,
+    command,
     flags,
     predictable_corpus,
     run,
     started,
+    steps,
     wait_for_step,
 )
 
@@ -116,6 +122,34 @@ def test_a_signal_before_the_first_step_ends_the_run_well(corpus, tmp_path, mome
     assert not metrics.exists()
 
 
+# The terminal goes away
+
+
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_saves_when_its_terminal_is_closed(corpus, tmp_path, nproc):
+    words = flags(corpus, nproc_per_node=nproc, save=tmp_path, train_iters=100_000)
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen(
+        command(words),
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that its end is a SIGHUP
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    os.close(inside)
+    output = b""
+    while b"iteration        3/" not in output:
+        output += os.read(terminal, 10_000)
+    os.close(terminal)
+    assert process.wait(timeout=60) == 0
+    (saved,) = tmp_path.glob("iter_*")
+    assert [step["iteration"] for step in steps(tmp_path / "metrics.jsonl")] == [
+        *range(1, int(saved.name[5:]) + 1)
+    ]
+
+
 # All ranks fail together
 
 
@@ -131,7 +165,7 @@ def test_a_run_that_only_makes_nans_gives_up_with_one_message(corpus):
 def saved(corpus, tmp_path):
     """Return the flags of a run on two ranks that has saved step 2, and where."""
     layout = {"nproc_per_node": 2, "tensor_model_parallel_size": 2}
-    words = flags(corpus, save=tmp_path, load=tmp_path, train_iters=2, **layout)
+    words = flags(corpus, save=tmp_path, load=tmp_path, train_iters=2, lr_decay_iters=4, **layout)
     assert run(words).returncode == 0
     return words, tmp_path
 
@@ -158,6 +192,7 @@ def test_a_failure_of_rank_0_alone_is_not_blamed_on_another_rank(corpus, tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, (16_000, 16_000))
 
     metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"kind": "note", "iteration": 0}\n' * 500)  # there is no room for more
     words = flags(corpus, nproc_per_node=2, metrics_file=metrics, train_iters=60)
     process = run(words, preexec_fn=limit)
     assert process.returncode == 1

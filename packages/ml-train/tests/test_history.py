@@ -17,11 +17,25 @@ ARCH = Architecture(
     num_layers=2, hidden_size=64, num_attention_heads=4, max_position_embeddings=64, vocab_size=99
 )
 
+FACTS = {
+    "model": vars(ARCH),
+    "topology": {"tensor_model_parallel_size": 1},
+    "world_size": 1,
+    "device": "cpu",
+    "dtype": "float32",
+    "seq_length": 32,
+    "global_batch_size": 16,
+    "peak_tflops_per_device": 1.0,
+    "time": "2026-01-01T00:00:00+0000",
+    "python": "3.11",
+    "versions": {"torch": "2.7"},
+}
+
 
 def write(path: Path, first: int, last: int, **changes: float) -> None:
     """Write what a run does that resumes after `first` and ends after `last`."""
     file = MetricsFile(path, iteration=first)
-    file.write("run", iteration=first, model=vars(ARCH), device="cpu")
+    file.write("run", iteration=first, **FACTS)
     for iteration in range(first + 1, last + 1):
         file.step(make_step(iteration, **{"loss": 10.0 - iteration, **changes}))
     file.evaluation(last, loss=2.0)
@@ -78,7 +92,10 @@ def test_a_line_torn_by_a_kill_is_left_out(tmp_path: Path) -> None:
         (b"loss: 3\n", r"m\.jsonl: line 1 is no metric of a run"),
         (b"[1]\n", r"line 1 is no metric"),
         (b'{"kind": "run", "iteration": 0}\n', r"line 1 is no metric"),
-        (b'{"kind": "step", "iteration": 1, "loss": 2.0}\n', r"line 1 is no metric"),
+        (
+            b'{"kind": "step", "iteration": 1, "loss": 2.0}\n',
+            r"line 1 is no metric of a run: it has no 'train_iters'$",
+        ),
     ],
 )
 def test_what_is_no_file_of_metrics_is_named(
@@ -89,3 +106,13 @@ def test_what_is_no_file_of_metrics_is_named(
         path.write_bytes(content)
     with pytest.raises(UsageError, match=message):
         read_history(path)
+
+
+@pytest.mark.parametrize("fact", FACTS)
+def test_a_start_that_lacks_what_a_report_shows_is_named(tmp_path: Path, fact: str) -> None:
+    facts = {name: value for name, value in FACTS.items() if name != fact}
+    file = MetricsFile(tmp_path / "m.jsonl", iteration=0)
+    file.write("run", iteration=0, **facts)
+    file.close()
+    with pytest.raises(UsageError, match=f"line 1 is no metric of a run: it has no '{fact}'$"):
+        read_history(tmp_path / "m.jsonl")

@@ -21,6 +21,7 @@ from ml_parallel.testing import run_ranks
 from ml_parallel.topology import Topology
 from ml_train.config import PretrainConfig, check_world
 from ml_train.instructions import (
+    check_instructions,
     describe_instructions,
     find_unusable,
     open_instructions,
@@ -366,6 +367,17 @@ def test_a_run_without_any_label_is_refused_on_every_rank(tmp_path):
         ]
         * 2
     )
+
+
+def test_a_split_without_samples_is_found_before_any_label_is_read(data):
+    def check(samples, split):
+        config = DataConfig(data_path=(data["alone"],), is_instruction_dataset=True, split=split)
+        check_instructions(config, S, samples)
+
+    check((8, 0, 0), (999, 1, 0))
+    check((8, 2, 0), (90, 10, 0))
+    with pytest.raises(UsageError, match=r"has 0 samples for validation \(--split\)"):
+        check((8, 2, 0), (999, 1, 0))
 
 
 def test_a_node_with_other_files_is_refused_on_every_rank(data, monkeypatch):

@@ -17,7 +17,7 @@ from launched import HANG, TRAIN, alive, assert_gone, free_ports, run, start, st
 
 from ml_models.flags import UsageError
 from ml_train import launch as launching
-from ml_train.launch import LaunchConfig, launch, under_launcher
+from ml_train.launch import LaunchConfig, launch, launched_world_size, under_launcher
 
 # Starting
 
@@ -105,6 +105,20 @@ def test_a_rank_knows_that_it_was_launched():
     assert run(f"import sys; sys.path[:] = {sys.path}; {show}", nproc=1)[0] == 9
     assert not under_launcher({"RANK": "0"})
     assert under_launcher({"RANK": "0", "WORLD_SIZE": "1"})
+
+
+def test_flags_that_ask_for_other_ranks_than_a_launcher_has_started_are_refused():
+    environment = {"RANK": "1", "WORLD_SIZE": "4"}
+    two_nodes = LaunchConfig(nproc_per_node=2, nnodes=2, master_addr="localhost")
+    assert launched_world_size(two_nodes, environment) == 4
+    assert launched_world_size(LaunchConfig(), environment) == 4
+    with pytest.raises(UsageError) as caught:
+        launched_world_size(LaunchConfig(nproc_per_node=2), environment)
+    assert str(caught.value) == (
+        "--nproc-per-node 2 with --nnodes 1: are 2 ranks, but by WORLD_SIZE=4 in the environment "
+        "a launcher has started 4, this one among them; unset RANK and WORLD_SIZE, or leave the "
+        "flags out"
+    )
 
 
 def test_launching_needs_neither_torch_nor_megatron():

@@ -17,9 +17,10 @@ from training_job import LAYOUTS, UNTIED
 
 from ml_models import flags
 from ml_parallel.platform import Device
-from ml_parallel.testing import run_ranks
+from ml_parallel.testing import RankFailedError, run_ranks
 from ml_parallel.topology import Topology
 from ml_train.config import PretrainConfig, check_world
+from ml_train.settings import LearningRate
 from ml_train.signals import StopRequest
 
 FLAGS = (
@@ -76,9 +77,14 @@ def evaluate(interval, iters):
     return "--eval-interval", str(interval), "--eval-iters", str(iters)
 
 
-def losses(save):
+def entries_of(save, kind):
     entries = map(json.loads, (save / "metrics.jsonl").read_text().splitlines())
-    return {(e["kind"], e["iteration"]): e["loss"] for e in entries if e["kind"] != "run"}
+    return [entry for entry in entries if entry["kind"] == kind]
+
+
+def losses(save):
+    entries = entries_of(save, "step") + entries_of(save, "evaluation")
+    return {(entry["kind"], entry["iteration"]): entry["loss"] for entry in entries}
 
 
 @pytest.mark.parametrize("layout", ["single", "tp2 sp", "pp2 vpp dp2 dist overlap"])
@@ -99,13 +105,29 @@ def test_an_interrupted_evaluation_is_made_up_for_by_the_next_start(corpus, tmp_
     assert losses(tmp_path) == losses(tmp_path / "whole")
 
 
-def test_an_evaluation_stopped_at_the_last_step_is_made_up_for_once(corpus, tmp_path):
-    run(corpus, tmp_path, "single", *evaluate(4, ENDLESS), signal_after=4)
+@pytest.mark.parametrize("interval", [4, 1000])
+def test_an_evaluation_stopped_at_the_last_step_is_made_up_for_once(corpus, tmp_path, interval):
+    run(corpus, tmp_path, "single", *evaluate(interval, ENDLESS), signal_after=4)
     assert ("evaluation", 4) not in losses(tmp_path)
     for _ in range(2):
-        iteration, entries = run(corpus, tmp_path, "single", *evaluate(4, 1))
+        iteration, entries = run(corpus, tmp_path, "single", *evaluate(interval, 1))
         assert iteration == 4
         assert entries[("evaluation", 4)] == 1
+
+
+@pytest.mark.parametrize(("interval", "after"), [(1000, [4]), (3, [3, 4]), (2, [2, 4])])
+def test_an_evaluation_follows_the_last_step_once(corpus, tmp_path, interval, after):
+    run(corpus, tmp_path, "single", *evaluate(interval, 1))
+    assert [entry["iteration"] for entry in entries_of(tmp_path, "evaluation")] == after
+
+
+def test_a_finished_run_says_that_there_is_nothing_to_do(corpus, tmp_path, capfd):
+    run(corpus, tmp_path, "single", *evaluate(1000, 1))
+    assert "nothing to do" not in capfd.readouterr().out
+    for last in (4, 2):
+        run(corpus, tmp_path, "single", *evaluate(1000, 1), "--train-iters", str(last))
+        said = f"nothing to do: {tmp_path} is at step 4 of {last}\n"
+        assert capfd.readouterr().out == said
 
 
 def test_a_stopped_run_says_what_the_next_start_can_load(corpus, tmp_path, capfd):
@@ -140,3 +162,36 @@ def test_a_stopped_run_does_not_evaluate_the_test_data(corpus, tmp_path, capfd):
     words += ["--test-data-path", corpus, "--save", str(tmp_path)]
     run_ranks(train, 1, words, Topology(), 2, timeout=60)
     assert "test loss" not in capfd.readouterr().out
+
+
+# Steps that are skipped
+
+
+def test_a_skipped_step_uses_up_nothing_of_the_schedule(corpus, tmp_path):
+    schedule = ["--lr-warmup-iters", "3", "--lr-decay-iters", "8"]
+    overflow = ["--fp16", "--initial-loss-scale", "1048576", "--hysteresis", "1"]
+    for last in ("3", "8"):  # resumed after skipped steps
+        run(corpus, tmp_path, "single", *schedule, *overflow, "--train-iters", last)
+    from ml_train.schedule import learning_rate
+
+    config = LearningRate(lr=1e-3, lr_warmup_iters=3, lr_decay_iters=8)
+    updates = 0
+    steps = entries_of(tmp_path, "step")
+    for step in steps:
+        assert step["learning_rate"] == learning_rate(config, updates=updates, train_iters=8)
+        updates += 1 - step["skipped_iterations"]
+    assert steps[0]["skipped_iterations"] == 1
+    assert 3 < updates < 8
+
+
+def test_giving_up_removes_no_older_checkpoint(corpus, tmp_path):
+    run(corpus, tmp_path, "single", "--train-iters", "2")
+    diverge = ["--lr", "1e30", "--max-skipped-iterations", "2", "--keep-last", "1"]
+    for _ in range(2):  # the second time it begins with weights that make no finite loss
+        with pytest.raises(RankFailedError, match="2 steps in a row were skipped"):
+            run(corpus, tmp_path, "single", *diverge, "--train-iters", "9")
+    assert sorted(path.name for path in tmp_path.glob("iter_*")) == [
+        "iter_0000002",
+        "iter_0000005",
+        "iter_0000007",
+    ]

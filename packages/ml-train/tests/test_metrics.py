@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from ml_models import flags
 from ml_parallel import platform
+from ml_parallel.testing import run_ranks
 from ml_train.config import PretrainConfig, check_world
 
 platform.import_engine()
@@ -192,13 +194,40 @@ def test_the_other_ranks_say_nothing(tmp_path: Path) -> None:
 
 
 def test_everything_is_closed_when_one_output_cannot_be_opened(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
     more = ("--metrics-file", tmp_path / "m", "--tensorboard-dir", tmp_path / "file" / "tb")
     failing = reporter(*more, stream=io.StringIO())
+    (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file/tb"), failing:
         pass
     # Were the file still open, its end would be a ResourceWarning, which is an error here.
     del failing
+
+
+def test_an_output_that_fails_is_given_up_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, board = tmp_path / "m", tmp_path / "tb"
+
+    def work() -> tuple[str, list[str]]:
+        stream = io.StringIO()
+        more = ("--metrics-file", path, "--tensorboard-dir", board)
+        with reporter(*more, stream=stream) as opened:
+            train(opened, 1, 1)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 9,) * 2)
+            train(opened, 2, 3)
+            opened.evaluation(3, 2.0)
+        return stream.getvalue(), caplog.messages
+
+    ((lines, said),) = run_ranks(work, 1)
+    assert said == [f"{path}: File too large; the run goes on without this output"]
+    assert lines.count("/       6 |") == 3
+    *whole, torn = path.read_bytes().split(b"\n")
+    assert [json.loads(line)["kind"] for line in whole] == ["run", "step"]
+    assert len(torn) == 9
+    events = EventAccumulator(str(board))
+    events.Reload()
+    assert [event.step for event in events.Scalars("lm loss")] == [1, 2, 3]
+    assert [event.step for event in events.Scalars("lm loss validation")] == [3]
 
 
 def test_tensorboard_is_imported_only_for_those_who_ask() -> None:

@@ -235,6 +235,14 @@ def test_a_tampered_checkpoint_is_reported_and_the_one_before_is_used(trained, c
         ({"load": "no/checkpoints"}, ["--load no/checkpoints: holds no checkpoint"]),
         ({"seed": -1}, ["--seed -1", "4294967295"]),
         ({"eval_iters": 2, "split": "1"}, ["--eval-iters 2", "no validation data"]),
+        (
+            {"data_path": None, "train_data_path": "x", "valid_data_path": "x"},
+            ["--valid-data-path needs --eval-iters"],
+        ),
+        (
+            {"data_path": None, "train_data_path": "x", "test_data_path": "x"},
+            ["--test-data-path needs --eval-iters"],
+        ),
         ({"hysteresis": 0}, ["--hysteresis 0: must be at least 1"]),
         ({"weight_decay": "inf"}, ["--weight-decay"]),
         ({"context_parallel_size": 2, "nproc_per_node": 2}, ["--context-parallel-size 2"]),
@@ -259,6 +267,11 @@ def test_a_tampered_checkpoint_is_reported_and_the_one_before_is_used(trained, c
         ({"seq_lenght": 3}, ["unknown flag --seq-lenght", "did you mean --seq-length?"]),
         ({"lr_warmup_iters": 8}, ["--lr-warmup-iters 8", "--train-iters 8"]),
         ({"tokenizer_name_or_path": "no/tokenizer"}, ["no/tokenizer"]),
+        ({"moe_router_topk": 2}, ["--moe-router-topk 2: means nothing without --num-experts"]),
+        (
+            {"tokenizer_type": "Llama2Tokenizer"},
+            ["--tokenizer-type Llama2Tokenizer: means nothing without --tokenizer-name-or-path"],
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -266,6 +279,40 @@ def test_a_wrong_flag_is_refused_with_one_line(corpus, capsys, changes, parts):
     assert main(["pretrain", *flags(corpus, **changes)]) == 2
     errors = capsys.readouterr().err
     assert_one_line(errors, *parts)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"split": "9999,1,0", "eval_iters": 1}, ["0 documents for validation", "--split 9999,1"]),
+        ({"data_cache_path": __file__}, [f"--data-cache-path {__file__}: ", "not a directory"]),
+    ],
+)
+def test_wrong_data_are_found_before_a_rank_starts(
+    corpus, capsys, monkeypatch, nproc, changes, parts
+):
+    for begin in ("_rank", "launch"):
+        monkeypatch.delattr(f"ml_train.pretrain.{begin}")
+    assert main(["pretrain", *flags(corpus, nproc_per_node=nproc, **changes)]) == 2
+    assert_one_line(capsys.readouterr().err, *parts)
+
+
+@pytest.mark.parametrize(
+    ("environment", "changes", "parts"),
+    [
+        ({"WORLD_SIZE": "x"}, {}, ["WORLD_SIZE=x in the environment: must be an integer"]),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, {}, ["RANK=3", "from 0 to 1 with WORLD_SIZE=2"]),
+        ({"WORLD_SIZE": "3"}, {"nproc_per_node": 2}, ["--nproc-per-node 2", "WORLD_SIZE=3"]),
+    ],
+)
+def test_a_launcher_that_cannot_be_right_is_one_line(
+    corpus, capsys, monkeypatch, environment, changes, parts
+):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", **environment}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["pretrain", *flags(corpus, **changes)]) == 2
+    assert_one_line(capsys.readouterr().err, *parts)
 
 
 def test_a_new_run_does_not_overwrite_an_older_one(trained, corpus, capsys):

@@ -174,9 +174,12 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_directory_that_cannot_be_made_is_named(
-    metrics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("output", ["file", "file/out"])
+def test_a_directory_that_cannot_be_made_is_refused(
+    metrics: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str
 ) -> None:
-    (tmp_path / "file").touch()
-    assert report("--metrics-file", metrics, "--output", tmp_path / "file" / "out") == 1
-    assert str(tmp_path / "file") in capsys.readouterr().err
+    file = tmp_path / "file"
+    file.touch()
+    assert report("--metrics-file", metrics, "--output", tmp_path / output) == 2
+    message = f"--output {tmp_path / output}: {file} is not a directory; name another place"
+    assert capsys.readouterr().err == f"ml-train report: {message}\n"

@@ -40,7 +40,7 @@ SCHEDULES = {
 
 
 def rates(config: LearningRate, steps: int = TRAIN_ITERS) -> list[float]:
-    return [learning_rate(config, iteration=k, train_iters=TRAIN_ITERS) for k in range(steps)]
+    return [learning_rate(config, updates=k, train_iters=TRAIN_ITERS) for k in range(steps)]
 
 
 def megatrons_rates(config: LearningRate, batch: int) -> list[float]:
@@ -83,14 +83,14 @@ def test_counting_samples_instead_of_steps_changes_no_more_than_the_last_bit(nam
 
 def test_the_cosine_is_the_published_one() -> None:
     config = LearningRate(lr=1.0, min_lr=0.1, lr_decay_style="cosine", lr_warmup_iters=10)
-    at = {k: learning_rate(config, iteration=k, train_iters=110) for k in (0, 5, 10, 35, 60, 110)}
+    at = {k: learning_rate(config, updates=k, train_iters=110) for k in (0, 5, 10, 35, 60, 110)}
     quarter = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))
     assert at == pytest.approx({0: 0.0, 5: 0.5, 10: 1.0, 35: quarter, 60: 0.55, 110: 0.1})
 
 
 def test_the_linear_decay_ends_at_the_lowest_rate_and_stays_there() -> None:
     config = LearningRate(lr=1.0, min_lr=0.2, lr_decay_iters=40)
-    at = {k: learning_rate(config, iteration=k, train_iters=100) for k in (0, 10, 40, 41, 99)}
+    at = {k: learning_rate(config, updates=k, train_iters=100) for k in (0, 10, 40, 41, 99)}
     assert at == pytest.approx({0: 1.0, 10: 0.8, 40: 0.2, 41: 0.2, 99: 0.2})
 
 
@@ -98,10 +98,10 @@ def test_steps_may_be_asked_for_in_any_order() -> None:
     forth = rates(SCHEDULES["cosine"])
     other = SCHEDULES["linear"]
     back = []
-    for iteration in reversed(range(TRAIN_ITERS)):
-        learning_rate(other, iteration=3, train_iters=TRAIN_ITERS)
+    for updates in reversed(range(TRAIN_ITERS)):
+        learning_rate(other, updates=3, train_iters=TRAIN_ITERS)
         config = SCHEDULES["cosine"]
-        back.append(learning_rate(config, iteration=iteration, train_iters=TRAIN_ITERS))
+        back.append(learning_rate(config, updates=updates, train_iters=TRAIN_ITERS))
     assert back[::-1] == forth
 
 
@@ -110,8 +110,8 @@ def test_setting_it_changes_the_rate_and_nothing_else_of_a_group() -> None:
     groups = [{"params": [parameters[0]]}, {"params": [parameters[1]], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=123.0, weight_decay=0.1)
     config = SCHEDULES["linear"]
-    rate = set_learning_rate(optimizer, config, iteration=9, train_iters=TRAIN_ITERS)
-    assert rate == learning_rate(config, iteration=9, train_iters=TRAIN_ITERS)
+    rate = set_learning_rate(optimizer, config, updates=9, train_iters=TRAIN_ITERS)
+    assert rate == learning_rate(config, updates=9, train_iters=TRAIN_ITERS)
     assert [group["lr"] for group in optimizer.param_groups] == [rate, rate]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
@@ -124,11 +124,11 @@ def test_a_group_with_limits_of_its_own_moves_between_them() -> None:
     ]
     optimizer = torch.optim.SGD(groups, lr=123.0)
     config = LearningRate(lr=1.0, min_lr=0.0)
-    rate = set_learning_rate(optimizer, config, iteration=25, train_iters=TRAIN_ITERS)
+    rate = set_learning_rate(optimizer, config, updates=25, train_iters=TRAIN_ITERS)
     assert rate == 0.5
     assert [group["lr"] for group in optimizer.param_groups] == [7.5, 0.5]
 
 
 def test_a_schedule_that_does_not_fit_the_run_is_refused() -> None:
     with pytest.raises(ValueError, match="--lr-warmup-iters 99: must be less than --train-iters"):
-        learning_rate(LearningRate(lr=1, lr_warmup_iters=99), iteration=0, train_iters=TRAIN_ITERS)
+        learning_rate(LearningRate(lr=1, lr_warmup_iters=99), updates=0, train_iters=TRAIN_ITERS)

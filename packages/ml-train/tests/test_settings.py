@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ml_models import flags
-from ml_train.settings import Blend, DataConfig, LearningRate, LogConfig
+from ml_train.settings import Blend, DataConfig, IgnoredFlags, LearningRate, LogConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +137,10 @@ def test_impossible_data_is_refused(flags_: str, message: str) -> None:
         ),
         ("--lr 1 --lr-decay-style WSD", "--lr-decay-style WSD needs --lr-wsd-decay-iters"),
         ("--lr 1 --lr-wsd-decay-iters 0", "--lr-wsd-decay-iters 0: must be at least 1"),
+        (
+            "--lr 1 --lr-wsd-decay-iters 2",
+            "--lr-wsd-decay-iters 2: means nothing without --lr-decay-style WSD",
+        ),
         ("--lr 1 --log-interval 0", "--log-interval 0: must be at least 1"),
     ],
 )
@@ -167,6 +171,35 @@ def test_a_schedule_that_fits_is_accepted() -> None:
     LearningRate(lr=1, lr_warmup_iters=9).check(train_iters=10)
     wsd = LearningRate(lr=1, lr_decay_style="WSD", lr_wsd_decay_iters=7, lr_warmup_iters=3)
     wsd.check(train_iters=10)
+
+
+def test_switches_of_modellink_that_need_no_answer_are_named_as_ignored() -> None:
+    given = {"use_flash_attn": True, "use_mcore_models": True, "use_fused_swiglu": False}
+    assert IgnoredFlags(**given).given == ("--use-mcore-models", "--use-flash-attn")
+
+
+@pytest.mark.parametrize(
+    ("flags_", "message"),
+    [
+        ("--metrics-file {here}", "--metrics-file {here}: is a directory; name a file"),
+        (
+            "--metrics-file {here}/file/deep/m",
+            "--metrics-file {here}/file/deep/m: {here}/file is not a directory; name another place",
+        ),
+        (
+            "--tensorboard-dir {here}/file",
+            "--tensorboard-dir {here}/file: {here}/file is not a directory; name another place",
+        ),
+    ],
+)
+def test_outputs_that_something_else_is_in_the_place_of_are_refused(
+    tmp_path: Path, flags_: str, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    words = flags_.format(here=tmp_path).split()
+    assert refused("--data-path", "a", "--lr", "1", *words) == message.format(here=tmp_path)
+    parse("--data-path", "a", "--lr", "1", "--metrics-file", f"{tmp_path}/file")
+    parse("--data-path", "a", "--lr", "1", "--tensorboard-dir", f"{tmp_path}/new/directory")
 
 
 def test_metrics_lie_with_the_checkpoints_unless_placed() -> None:

@@ -15,6 +15,7 @@ from ml_parallel.groups import Place, initialize_groups
 from ml_parallel.optimizer import build_optimizer, distribute
 from ml_parallel.stages import stage_layers
 from ml_train.config import PretrainConfig, embedding_rows
+from ml_train.identity import of_run
 from ml_train.state import TrainingState
 from ml_train.step import BatchShape, prepare_config, seed_step
 
@@ -81,6 +82,7 @@ def build(config: PretrainConfig) -> Built:
         padded_vocab_size=rows,
         params_dtype=training.dtype,
         global_batch_size=batch,
+        run=of_run(config),
         chunks=chunks,
         wrapped=wrapped,
         optimizer=optimizer,

@@ -27,12 +27,21 @@ from typing import Any, TypeVar
 import torch
 
 from ml_models import registry
+from ml_models.architecture import Architecture
 from ml_models.flags import UsageError
 from ml_parallel import checkpoint, durable
-from ml_parallel.checkpoint import MANIFEST, MODEL_FILE, CheckpointError, FileEntry
+from ml_parallel.checkpoint import (
+    MANIFEST,
+    MODEL_FILE,
+    CheckpointError,
+    FileEntry,
+    Manifest,
+    read_manifest,
+)
 from ml_parallel.optimizer import STATES, optimizer_shards
 from ml_train.config import CheckpointConfig
-from ml_train.restore import is_ours, restore
+from ml_train.identity import differences
+from ml_train.restore import check_model, is_ours, restore
 from ml_train.state import MAIN, OURS, Progress, TrainingState, shard_file
 from ml_train.step import parameters_in_place
 from ml_train.together import on_every_rank, on_rank_0
@@ -98,6 +107,28 @@ def save(root: Path, state: TrainingState, progress: Progress, *, keep: int | No
     return final
 
 
+def check(config: CheckpointConfig, model: Architecture) -> None:
+    """Check, before anything is built, that what the run begins with is of this model.
+
+    Every rank must call this. Whether files are damaged is for `resume` to find.
+
+    Raises:
+        UsageError: The checkpoint is of another model, or of a format that is not read here.
+    """
+    on_rank_0(lambda: _check(config, model))
+
+
+def _check(config: CheckpointConfig, model: Architecture) -> None:
+    root = config.source
+    if root is None:
+        return
+    found = checkpoint.candidates(root)
+    if root == config.load and config.ckpt_step is not None:
+        found = [root / checkpoint.iteration_directory(config.ckpt_step)]
+    for directory in filter(Path.is_dir, found[:1]):
+        check_model(directory, model)
+
+
 def resume(config: CheckpointConfig, state: TrainingState) -> Progress | None:
     """Bring the model and the optimizer to where the run begins or continues; on every rank.
 
@@ -159,7 +190,19 @@ def load(
     for line in skipped:
         _say("skipped a damaged checkpoint: %s", line)
     done = on_every_rank(lambda: restore(directory, state, optimizer=optimizer, progress=progress))
+    if done[0].iteration:
+        _say_changes(on_rank_0(lambda: read_manifest(directory)), state)
     return done[0]
+
+
+def _say_changes(manifest: Manifest | None, state: TrainingState) -> None:
+    """Say which flags are not those that the run had so far."""
+    saved = manifest.metadata if manifest else {}
+    # Before `run` was kept, the size of the batch stood alone.
+    found = differences(saved.get("run", saved), state.run)
+    if found:
+        changes = "; ".join(f"{flag} was {old} and is {new}" for flag, old, new in found)
+        _say("the run goes on with other flags than it had: %s", changes)
 
 
 def _find(root: Path, iteration: int | None) -> tuple[Path | None, list[str]]:
@@ -251,6 +294,7 @@ def _commit(
         topology=dataclasses.asdict(state.topology),
         world_size=torch.distributed.get_world_size(),
         global_batch_size=state.global_batch_size,
+        run=state.run,
         progress=dataclasses.asdict(progress),
         versions={name: version(name) for name in ("ml-train", "megatron-core", "torch")},
     )

@@ -50,7 +50,7 @@ class Training:
     seed: int = 1234
     """Of the initial weights, the order of the data, and dropout."""
     eval_interval: int = 1000
-    """Steps between two evaluations on the validation data."""
+    """Steps between two evaluations on the validation data; one follows the last step, too."""
     eval_iters: int = 0
     """Global batches of one evaluation; 0 = do not evaluate."""
     max_skipped_iterations: int = 20
@@ -139,6 +139,11 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         _at_least(1, "make_vocab_size_divisible_by", self.make_vocab_size_divisible_by)
+        if self.tokenizer_type is not None and self.tokenizer_name_or_path is None:
+            raise ValueError(
+                f"--tokenizer-type {self.tokenizer_type}: means nothing without "
+                "--tokenizer-name-or-path"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +156,7 @@ class CheckpointConfig:
     """Directory to resume from, if it holds a checkpoint; often the same as --save. If it is
     another one, the run begins there, and continues from --save once that holds a checkpoint."""
     ckpt_step: int | None = None
-    """Which step of --load to read; default the latest."""
+    """Which step of --load to begin with; default the latest. --save must be another one then."""
     finetune: bool = False
     """Take the weights of --load only, and begin at step 0."""
     load_optim: bool = True
@@ -159,7 +164,7 @@ class CheckpointConfig:
     save_interval: int | None = None
     """Steps between two checkpoints; the last step and an interrupted run always save."""
     keep_last: int | None = None
-    """How many checkpoints to keep; default all."""
+    """How many checkpoints to keep; default all. None is removed while steps are being skipped."""
 
     def __post_init__(self) -> None:
         for name in ("save_interval", "keep_last"):
@@ -213,6 +218,11 @@ class CheckpointConfig:
             if given and self.load is None:
                 raise ValueError(f"{name} needs --load, the checkpoints to read")
         self._check_step()
+        if self.ckpt_step is not None and self._loads_its_own:
+            raise ValueError(
+                f"--ckpt-step {self.ckpt_step} would begin there each time the command is run, and "
+                f"--load {self.load} would lose what came after: --save must name another directory"
+            )
         if self.finetune and self._loads_its_own:
             raise ValueError(
                 f"--finetune begins a new run from --load {self.load}: --save must name another "
@@ -379,6 +389,9 @@ def _check_experts(model: Architecture, parallel: Topology) -> None:
 
 def _check_evaluation(config: PretrainConfig) -> None:
     data = config.data
+    for name in ("valid_data_path", "test_data_path"):
+        if getattr(data, name) and not config.training.eval_iters:
+            raise ValueError(f"{flag(name)} needs --eval-iters, the batches of an evaluation")
     has_validation = data.shares[1] > 0 if data.data_path else bool(data.valid_data_path)
     if config.training.eval_iters and not has_validation:
         raise ValueError(

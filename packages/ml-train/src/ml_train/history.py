@@ -102,7 +102,11 @@ def holds_evaluation(path: Path, iteration: int) -> bool:
 
 _STEP = tuple(field.name for field in dataclasses.fields(StepMetrics))
 _EVALUATION = tuple(field.name for field in dataclasses.fields(Evaluation))
-_NEEDED = {"run": ("model",), "step": _STEP, "evaluation": _EVALUATION}
+_FACTS = (
+    *("model", "topology", "world_size", "device", "dtype", "seq_length", "global_batch_size"),
+    *("peak_tflops_per_device", "time", "python", "versions"),
+)
+_NEEDED = {"run": _FACTS, "step": _STEP, "evaluation": _EVALUATION}
 
 
 def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -116,8 +120,9 @@ def _entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             kind = entry["kind"]
             _ = [entry[name] for name in ("iteration", *_NEEDED.get(kind, ()))]
         except (ValueError, AttributeError, KeyError) as error:
+            lacking = f": it has no {error}" if isinstance(error, KeyError) else ""
             raise UsageError(
-                f"--metrics-file {path}: line {number} is no metric of a run"
+                f"--metrics-file {path}: line {number} is no metric of a run{lacking}"
             ) from error
         yield kind, entry
 

@@ -34,6 +34,16 @@ def open_instructions(config: DataConfig, seq_length: int) -> dict[str, Labelled
     return {prefix: _opened(prefix, seq_length) for prefix in map(absolute, config.prefixes)}
 
 
+def check_instructions(config: DataConfig, seq_length: int, samples: Sequence[int]) -> None:
+    """Check what can be checked of the data of a run without reading all labels.
+
+    Raises:
+        UsageError: As `open_instructions` and `split_documents`.
+    """
+    datasets = open_instructions(config, seq_length)
+    split_documents(config, datasets, dict.fromkeys(datasets, np.empty(0, np.int64)), samples)
+
+
 def describe_instructions(config: DataConfig) -> tuple[Description, ...]:
     """Read what is known of the tokens of all data of a run.
 

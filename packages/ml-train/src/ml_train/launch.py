@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from ml_models.flags import UsageError
+from ml_parallel.environment import rank_and_world_size
 from ml_train.nodes import Nodes
 from ml_train.ranks import Rank, Signals, guarded, start, stop
 from ml_train.supervise import supervise
@@ -85,6 +86,26 @@ class LaunchConfig:
 def under_launcher(environment: Mapping[str, str] = os.environ) -> bool:
     """Tell whether this process is a rank already, started by `launch` or by torchrun."""
     return "RANK" in environment and "WORLD_SIZE" in environment
+
+
+def launched_world_size(config: LaunchConfig, environment: Mapping[str, str] = os.environ) -> int:
+    """Return how many ranks the launcher of this one has started.
+
+    Raises:
+        UsageError: The environment makes no sense, or the flags ask for another number.
+    """
+    try:
+        _, world_size = rank_and_world_size(environment)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if config.world_size not in (1, world_size):  # 1 is what no flag asks for
+        raise UsageError(
+            f"--nproc-per-node {config.nproc_per_node} with --nnodes {config.nnodes}: are "
+            f"{config.world_size} ranks, but by WORLD_SIZE={world_size} in the environment a "
+            f"launcher has started {world_size}, this one among them; unset RANK and WORLD_SIZE, "
+            "or leave the flags out"
+        )
+    return world_size
 
 
 def launch(

@@ -1,8 +1,8 @@
 """The training loop of one rank: build, resume, step, evaluate, save, stop.
 
-Everything a step depends on is a function of the run's flags and two counters (iteration and
-consumed samples): the batch, the learning rate, the dropout masks. So a resumed run needs only the
-weights, the optimizer's state and those counters to continue bit for bit.
+Everything a step depends on is a function of the run's flags and its `Progress`: the batch, the
+learning rate, the dropout masks. So a resumed run needs only the weights, the optimizer's state and
+those counters to continue bit for bit.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ class Trainer:
         """
         last = self.config.training.train_iters
         with self.reporter:
-            stop_now = self._owes_evaluation() and self._evaluate(stop)
+            stop_now = self._make_up(stop)
             while self.progress.iteration < last and not stop_now:
                 stop_now = self._step(stop)
-                if not stop_now and self._is_due(self.config.training.eval_interval):
+                if not stop_now and self._evaluation_is_due():
                     stop_now = self._evaluate(stop)
                 is_last = self.progress.iteration == last
                 if is_last or stop_now or self._is_due(self.config.checkpoint.save_interval):
@@ -139,7 +139,7 @@ class Trainer:
         rate = set_learning_rate(
             built.optimizer,
             self.config.learning_rate,
-            iteration=iteration,
+            updates=iteration - self.progress.skipped_iterations,
             train_iters=training.train_iters,
         )
         seed_step(training.seed, iteration, built.place)
@@ -180,11 +180,25 @@ class Trainer:
     def _is_due(self, interval: int | None) -> bool:
         return interval is not None and self.progress.iteration % interval == 0
 
+    def _evaluation_is_due(self) -> bool:
+        training = self.config.training
+        is_last = self.progress.iteration == training.train_iters
+        return is_last or self._is_due(training.eval_interval)
+
+    def _make_up(self, stop: StopRequest) -> bool:
+        """Do an evaluation that is owed, or say if nothing is to do; return whether to stop."""
+        if self._owes_evaluation():
+            return self._evaluate(stop)
+        done, last = self.progress.iteration, self.config.training.train_iters
+        if done >= last and self.datasets.test is None:
+            self.reporter.note(f"nothing to do: {self.saved_in} is at step {done} of {last}")
+        return False
+
     def _owes_evaluation(self) -> bool:
         """Tell whether the run was stopped before the evaluation that was due after a step."""
-        if self.progress.iteration == 0 or not self._is_due(self.config.training.eval_interval):
+        if self.progress.iteration == 0 or not self._evaluation_is_due():
             return False
-        return not on_rank_0(self.reporter.has_evaluation)
+        return self.datasets.valid is not None and not on_rank_0(self.reporter.has_evaluation)
 
     def _evaluate(self, stop: StopRequest) -> bool:
         """Evaluate, and return whether to stop; a part of an evaluation is not reported."""
@@ -225,7 +239,9 @@ class Trainer:
         config = self.config.checkpoint
         if config.save is None:
             return
-        path = checkpoint.save(config.save, self.built.state, self.progress, keep=config.keep_last)
+        # Weights whose gradients are not finite may be spoilt: the older ones stay.
+        keep = None if self.skipped_in_a_row else config.keep_last
+        path = checkpoint.save(config.save, self.built.state, self.progress, keep=keep)
         self.saved_in = config.save
         self.reporter.note(f"saved checkpoint {path}")
 

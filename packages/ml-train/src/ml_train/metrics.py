@@ -6,12 +6,13 @@ Every rank has the same numbers, so one of them reports; on the others a `Report
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from types import TracebackType
 from typing import Any, Protocol, TextIO
@@ -36,6 +37,8 @@ from ml_train.throughput import (
     tokens_per_second_per_device,
 )
 
+logger = logging.getLogger(__name__)
+
 _VERSIONS = ("ml-train", "ml-models", "ml-parallel", "ml-kernels", "megatron-core", "torch")
 
 
@@ -53,7 +56,10 @@ class Output(Protocol):
 
 
 class Reporter:
-    """Reports one run; a context, in which its outputs are open."""
+    """Reports one run; a context, in which its outputs are open.
+
+    All of them must be there at the beginning; the run goes on without one that fails later.
+    """
 
     def __init__(
         self,
@@ -91,7 +97,7 @@ class Reporter:
             for output in self._open() if self._active else ():
                 opened.callback(output.close)
                 self._outputs.append(output)
-            self._close: Callable[[], None] = opened.pop_all().close
+            opened.pop_all()
         return self
 
     def __exit__(
@@ -100,9 +106,9 @@ class Reporter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._tell(lambda output: output.close())
         self._outputs.clear()
         self._log = None
-        self._close()
 
     def step(
         self,
@@ -125,13 +131,11 @@ class Reporter:
         if self._meter is None:
             return
         step = self._meter.measure(progress, result, learning_rate, loss_scale, elapsed_seconds)
-        for output in self._outputs:
-            output.step(step)
+        self._tell(lambda output: output.step(step))
 
     def evaluation(self, iteration: int, loss: float) -> None:
         """Report the loss on the validation data after a step."""
-        for output in self._outputs:
-            output.evaluation(iteration, loss)
+        self._tell(lambda output: output.evaluation(iteration, loss))
 
     def has_evaluation(self) -> bool:
         """Tell whether the file of metrics has the evaluation after the step resumed from.
@@ -145,6 +149,17 @@ class Reporter:
         """Show a line of text."""
         if self._log is not None:
             self._log.line(text)
+
+    def _tell(self, tell: Callable[[Output], None]) -> None:
+        for output in self._outputs.copy():
+            try:
+                tell(output)
+            except OSError as error:
+                self._outputs.remove(output)
+                with suppress(OSError):
+                    output.close()
+                where, why = error.filename, error.strerror
+                logger.warning("%s: %s; the run goes on without this output", where, why)
 
     def _open(self) -> Iterator[Output]:
         assert self._meter is not None

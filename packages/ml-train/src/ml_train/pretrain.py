@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ml_models.flags import UsageError, parse
 from ml_train.config import PretrainConfig, check_world, with_vocabulary
-from ml_train.corpora import TokensInfo, common_tokenizer, read_corpora, read_descriptions
-from ml_train.instructions import describe_instructions, open_instructions
-from ml_train.launch import launch, under_launcher
+from ml_train.corpora import (
+    TokensInfo,
+    check_splits,
+    common_tokenizer,
+    read_corpora,
+    read_descriptions,
+)
+from ml_train.identity import differences, of_command
+from ml_train.instructions import check_instructions, describe_instructions
+from ml_train.launch import launch, launched_world_size, under_launcher
 from ml_train.signals import StopRequest
+from ml_train.streams import lasting_streams
 
 if TYPE_CHECKING:
     from ml_parallel.platform import Device
@@ -27,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str], prog: str) -> int:
     """Run `ml-train pretrain` with these flags and return its exit code."""
-    with StopRequest() as stop:
+    with lasting_streams(), StopRequest() as stop:
         try:
             return _run(argv, prog, stop)
         except KeyboardInterrupt:
@@ -38,11 +47,10 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 def _run(argv: Sequence[str], prog: str, stop: StopRequest) -> int:
     config = parse(PretrainConfig, argv, prog=prog, description="Pre-train a model.")
-    config = with_vocabulary(config, _tokenizer(config))
-    if under_launcher():
-        return _rank(check_world(config, int(os.environ["WORLD_SIZE"])), prog, stop)
-    config = check_world(config, config.launch.world_size)
-    if config.launch.world_size == 1:
+    launched = under_launcher()
+    world_size = launched_world_size(config.launch) if launched else config.launch.world_size
+    config = check_world(with_vocabulary(config, _tokenizer(config)), world_size)
+    if launched or world_size == 1:
         return _rank(config, prog, stop)
     # Modules are found where this process finds them, and never in the current directory.
     where = f"import signal, sys; sys.path[:] = {sys.path!r}"
@@ -56,13 +64,18 @@ def _tokenizer(config: PretrainConfig) -> TokensInfo | None:
 
     An index can be large: one process of a node reads it here, and rank 0 once it needs it.
     """
-    data = config.data
-    if not data.is_instruction_dataset:
-        read = read_descriptions if under_launcher() else read_corpora
-        return common_tokenizer(read(data))
-    if not under_launcher():
-        open_instructions(data, config.training.seq_length)
-    return common_tokenizer(describe_instructions(data))
+    data, training = config.data, config.training
+    tested = training.eval_iters if data.test_data_path else 0
+    samples = (training.train_iters, training.eval_iters, tested)
+    if data.is_instruction_dataset:
+        if not under_launcher():
+            check_instructions(data, training.seq_length, samples)
+        return common_tokenizer(describe_instructions(data))
+    if under_launcher():
+        return common_tokenizer(read_descriptions(data))
+    corpora = read_corpora(data)
+    check_splits(data, corpora, seq_length=training.seq_length, samples=samples)
+    return common_tokenizer(corpora)
 
 
 def _rank(config: PretrainConfig, prog: str, stop: StopRequest) -> int:
@@ -98,10 +111,12 @@ def _rank(config: PretrainConfig, prog: str, stop: StopRequest) -> int:
 def _train(config: PretrainConfig, device: Device, prog: str, stop: StopRequest) -> int:
     import torch
 
-    from ml_train.checkpoint import claimed
+    from ml_train.checkpoint import check, claimed
     from ml_train.loop import Trainer, TrainingFailedError
 
     try:
+        _check_same_flags(config)
+        check(config.checkpoint, config.model)
         with claimed(config.checkpoint.save):
             trainer = Trainer(config, device)
             if not _all_begin(stop, device):
@@ -114,6 +129,21 @@ def _train(config: PretrainConfig, device: Device, prog: str, stop: StopRequest)
     finally:
         torch.distributed.destroy_process_group()
     return 0
+
+
+def _check_same_flags(config: PretrainConfig) -> None:
+    """Check that every rank was started with the same flags, where they must not differ."""
+    from ml_train.together import on_every_rank
+
+    first, *others = on_every_rank(lambda: (socket.gethostname(), of_command(config)))
+    for rank, (host, flags) in enumerate(others, start=1):
+        found = differences(first[1], flags)
+        if found:
+            listed = "; ".join(f"{flag} {new} instead of {old}" for flag, old, new in found)
+            raise UsageError(
+                f"rank {rank} (on {host}) was started with other flags than rank 0 (on "
+                f"{first[0]}): {listed}; give the same command on every node"
+            )
 
 
 def _all_begin(stop: StopRequest, device: Device) -> bool:

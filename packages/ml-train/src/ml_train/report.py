@@ -20,6 +20,7 @@ from ml_parallel import durable
 from ml_train.curve import draw
 from ml_train.history import History, read_history
 from ml_train.page import Page, Section, Tile, render
+from ml_train.settings import check_directory
 
 PICTURE, PAGE = "loss.png", "index.html"
 
@@ -38,6 +39,9 @@ class ReportConfig:
     """Heading of the page."""
     attach: tuple[Path, ...] = ()
     """Text files to show at the end of the page, such as a sample or the commands of the run."""
+
+    def __post_init__(self) -> None:
+        check_directory("--output", self.output)
 
 
 def main(argv: Sequence[str], prog: str) -> int:

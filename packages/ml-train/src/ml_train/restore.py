@@ -41,6 +41,12 @@ T = TypeVar("T")
 Fragments = list[dict[str, dict[str, Any]]]
 
 _FUSED_NORM = ".layer_norm_"  # of Transformer Engine, which fuses a norm with the layer after it
+_LEGACY = "language_model"  # Megatron-Legacy keeps the whole model below this name
+_TORCH_DIST = ".metadata"  # what torch.distributed.checkpoint writes beside its files
+
+
+class _OtherFormatError(UsageError):
+    """The checkpoint is sound, but has to be rewritten first."""
 
 
 def restore(
@@ -73,6 +79,21 @@ def restore(
             shard = shards.get(id(tensor))
             _restore_parameter(tensor, shard, parameter, source, state, moments=optimizer)
     return _restore_run(source, state) if progress else Progress()
+
+
+def check_model(directory: Path, wanted: Architecture) -> None:
+    """Check that a checkpoint can be read into a model, as far as one file says.
+
+    Raises:
+        UsageError: It is of another model or format; what else may be wrong is for `restore`.
+    """
+    try:
+        source = _open(directory)
+    except _OtherFormatError:
+        raise
+    except UsageError:
+        return
+    _check_same_model(directory, source.arch, wanted)
 
 
 def is_ours(directory: Path) -> bool:
@@ -120,13 +141,6 @@ def _restore_run(source: _Source, state: TrainingState) -> Progress:
     if not source.has_optimizer:
         logger.warning("%s holds weights only: starting from step 0", source.directory)
         return Progress()
-    saved_batch = source.args.get("global_batch_size", state.global_batch_size)
-    if saved_batch != state.global_batch_size:
-        logger.warning(
-            "--global-batch-size was %d so far and is %d from here on",
-            saved_batch,
-            state.global_batch_size,
-        )
     scalers = [saved for saved in source.common["grad_scaler"] if saved is not None]
     for inner in state.optimizer.chained_optimizers:
         if scalers and getattr(inner, "grad_scaler", None):
@@ -188,9 +202,12 @@ class _Source:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         folders = sorted(directory.glob("mp_rank_*"))
+        if not folders and (directory / _TORCH_DIST).is_file():
+            raise _other_format(directory, "is of the format torch_dist")
         if not folders:
             raise UsageError(f"{directory}: holds no mp_rank_* directory")
         self.common: dict[str, Any] = _load(folders[0] / MODEL_FILE)
+        _check_names(directory, self.common.get("model", self.common.get("model0", {})))
         self.args: Mapping[str, Any] = vars(self.common["args"])
         self.arch = _from_args(Architecture, self.args)
         self.topology = _from_args(Topology, self.args)
@@ -265,13 +282,7 @@ class _Source:
         model = self._model(folder, chunk)
         if name in model:
             return model[name]
-        path = folder / MODEL_FILE
-        if any(_FUSED_NORM in other for other in model):
-            raise UsageError(
-                f"{path}: its norms have Transformer Engine's names; rewrite the checkpoint with "
-                "ml-convert --save-format mcore, and load that"
-            )
-        raise UsageError(f"{path}: holds no {name}")
+        raise UsageError(f"{folder / MODEL_FILE}: holds no {name}")
 
     def _flat(self, folders: list[Path], name: str, key: str) -> torch.Tensor:
         """Join what the data-parallel ranks hold of a flattened optimizer tensor."""
@@ -298,6 +309,20 @@ def _load(path: Path) -> dict[str, Any]:
             raise UsageError(f"{path}: not readable ({reason})") from error
         except FileNotFoundError:
             raise UsageError(f"{path}: missing") from None
+
+
+def _other_format(directory: Path, what: str) -> _OtherFormatError:
+    return _OtherFormatError(
+        f"{directory}: {what}; rewrite it with ml-convert --load-dir {directory.parent} "
+        "--save-dir DIRECTORY --save-format mcore, and load that"
+    )
+
+
+def _check_names(directory: Path, model: Mapping[str, Any]) -> None:
+    if _LEGACY in model:
+        raise _other_format(directory, "is of the format legacy")
+    if any(_FUSED_NORM in name for name in model):
+        raise _other_format(directory, "its norms have Transformer Engine's names")
 
 
 def _from_args(kind: type[T], args: Mapping[str, Any]) -> T:

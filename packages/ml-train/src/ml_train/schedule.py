@@ -1,12 +1,12 @@
 """The learning rate of each step: megatron-core's scheduler, placed anew at every step.
 
-The rate is a function of how many steps came before, so no checkpoint has to hold a scheduler.
-Megatron's convention: the first step, `iteration` 0, uses the beginning of the warm-up, and step
-`iteration` uses the rate after `iteration` increments; the last step of a run is one short of the
-lowest rate. (The log of Megatron shows in the line of step k, from 1, the rate after k increments:
-the rate of the step to come.)
+The rate is a function of how many updates came before, so no checkpoint has to hold a scheduler.
+Megatron's convention: the first step uses the beginning of the warm-up, and each update is one
+increment; a step that is skipped is none. The last step of a run without such steps is one short
+of the lowest rate. (The log of Megatron shows in the line of step k, from 1, the rate after k
+increments: the rate of the step to come.)
 
-Megatron counts increments in samples. Here they are steps: the ratios that decide a rate are the
+Megatron counts increments in samples. Here they are updates: the ratios that decide a rate are the
 same, so the rates are equal but for the last bit in a warm-up.
 """
 
@@ -38,29 +38,29 @@ class _NoParameters:
     param_groups: tuple[dict[str, Any], ...] = ()
 
 
-def learning_rate(config: LearningRate, *, iteration: int, train_iters: int) -> float:
-    """Return the rate of the step that `iteration` steps came before."""
-    return _rate(config, iteration, train_iters, {})
+def learning_rate(config: LearningRate, *, updates: int, train_iters: int) -> float:
+    """Return the rate of the step that so many updates came before."""
+    return _rate(config, updates, train_iters, {})
 
 
 def set_learning_rate(
-    optimizer: HasParamGroups, config: LearningRate, *, iteration: int, train_iters: int
+    optimizer: HasParamGroups, config: LearningRate, *, updates: int, train_iters: int
 ) -> float:
-    """Give all parameters the rate of the step that `iteration` steps came before, and return it.
+    """Give all parameters the rate of the step that so many updates came before, and return it.
 
     A group with a `max_lr` or `min_lr` of its own follows the same course between those.
     """
     for group in optimizer.param_groups:
         own = {name: group[name] for name in _OVERRIDES if group.get(name) is not None}
-        group["lr"] = _rate(config, iteration, train_iters, own)
-    return learning_rate(config, iteration=iteration, train_iters=train_iters)
+        group["lr"] = _rate(config, updates, train_iters, own)
+    return learning_rate(config, updates=updates, train_iters=train_iters)
 
 
 def _rate(
-    config: LearningRate, iteration: int, train_iters: int, group: Mapping[str, float]
+    config: LearningRate, updates: int, train_iters: int, group: Mapping[str, float]
 ) -> float:
     scheduler = _scheduler(config, train_iters)
-    scheduler.num_steps = iteration
+    scheduler.num_steps = updates
     return float(scheduler.get_lr(group))
 
 

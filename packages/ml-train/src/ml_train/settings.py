@@ -66,6 +66,8 @@ class DataConfig:
                 "--eod-mask-loss is for pre-training data: --is-instruction-dataset says itself "
                 "what the loss sees"
             )
+        if self.data_cache_path is not None:
+            check_directory("--data-cache-path", self.data_cache_path)
         _check_split(self.split)
         _ = self.blends  # their words are checked as they are read
 
@@ -107,9 +109,9 @@ class LearningRate:
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "linear"
     """How the rate falls after the warm-up; WSD (warm-up, stable, decay) only at the end."""
     lr_decay_iters: int | None = None
-    """Step at which the rate reaches --min-lr; default --train-iters."""
+    """Step at which the rate reaches --min-lr, of those not skipped; default --train-iters."""
     lr_warmup_iters: int = 0
-    """Steps in which the rate rises to --lr."""
+    """Steps in which the rate rises to --lr, without those that are skipped for a NaN or Inf."""
     lr_warmup_fraction: float | None = None
     """The same as a part of --lr-decay-iters."""
     lr_warmup_init: float = 0.0
@@ -130,8 +132,12 @@ class LearningRate:
             raise ValueError(f"--lr-decay-iters {self.lr_decay_iters}: must be at least 1")
         if self.lr_decay_style == "WSD" and self.lr_wsd_decay_iters is None:
             raise ValueError("--lr-decay-style WSD needs --lr-wsd-decay-iters")
-        if self.lr_wsd_decay_iters is not None and self.lr_wsd_decay_iters < 1:
-            raise ValueError(f"--lr-wsd-decay-iters {self.lr_wsd_decay_iters}: must be at least 1")
+        if self.lr_wsd_decay_iters is not None:
+            given = f"--lr-wsd-decay-iters {self.lr_wsd_decay_iters}"
+            if self.lr_wsd_decay_iters < 1:
+                raise ValueError(f"{given}: must be at least 1")
+            if self.lr_decay_style != "WSD":
+                raise ValueError(f"{given}: means nothing without --lr-decay-style WSD")
 
     def _check_warmup(self) -> None:
         if self.lr_warmup_iters < 0:
@@ -189,6 +195,10 @@ class LogConfig:
     def __post_init__(self) -> None:
         if self.log_interval < 1:
             raise ValueError(f"--log-interval {self.log_interval}: must be at least 1")
+        if self.tensorboard_dir is not None:
+            check_directory("--tensorboard-dir", self.tensorboard_dir)
+        if self.metrics_file is not None:
+            check_file("--metrics-file", self.metrics_file)
 
     def metrics_path(self, save: Path | None) -> Path | None:
         """Return the file of metrics of a run with these checkpoints, if it has one."""
@@ -211,6 +221,16 @@ class IgnoredFlags:
     """It always is."""
     gradient_accumulation_fusion: bool = False
     """Gradients are accumulated in float32, by no kernel of Apex."""
+    use_mcore_models: bool = False
+    """There is one implementation of models, that of Megatron-Core."""
+    use_flash_attn: bool = False
+    """The fastest attention for the device is always taken."""
+    use_fused_rmsnorm: bool = False
+    """The same of norms."""
+    use_fused_swiglu: bool = False
+    """The same of gated MLPs."""
+    use_fused_rotary_pos_emb: bool = False
+    """The same of rotary positions."""
     moe_token_dispatcher_type: str | None = None
     """Tokens always go to their experts by an all-to-all."""
     moe_grouped_gemm: bool = False
@@ -226,6 +246,32 @@ class IgnoredFlags:
             f"--{'' if getattr(self, field.name) else 'no-'}{field.name.replace('_', '-')}"
             for field in off
         )
+
+
+def check_directory(flag: str, path: Path) -> None:
+    """Refuse a path that cannot become a directory, as something else is in its place.
+
+    Raises:
+        ValueError: It or what it lies in is no directory.
+    """
+    _check_place(flag, path, path)
+
+
+def check_file(flag: str, path: Path) -> None:
+    """Refuse a path that cannot become a file.
+
+    Raises:
+        ValueError: It is a directory, or what it lies in is none.
+    """
+    if path.is_dir():
+        raise ValueError(f"{flag} {path}: is a directory; name a file")
+    _check_place(flag, path, path.parent)
+
+
+def _check_place(flag: str, path: Path, directory: Path) -> None:
+    found = next(place for place in (directory, *directory.parents) if place.exists())
+    if not found.is_dir():
+        raise ValueError(f"{flag} {path}: {found} is not a directory; name another place")
 
 
 def _check_split(split: Sequence[float]) -> None:

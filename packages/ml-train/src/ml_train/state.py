@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -42,6 +43,8 @@ class TrainingState:
     padded_vocab_size: int
     params_dtype: str
     global_batch_size: int
+    run: Mapping[str, Any]
+    """The flags that the rest of the run follows from, as `ml_train.identity` has them."""
     chunks: Sequence[Chunk]
     wrapped: Sequence[DistributedDataParallel]
     """The modules of the chunks in megatron-core's data-parallel wrapper."""

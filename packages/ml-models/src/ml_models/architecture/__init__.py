@@ -9,6 +9,7 @@ once: after construction no size of a plain model is None. (To vary a model with
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ml_models.architecture.attention import Attention
@@ -46,6 +47,10 @@ class Architecture(Experts, Positions, Attention, Block):
             _check_hidden_size(self)
         self._derive_sizes()
         _check_heads(self)
+
+    def check_given(self, names: Collection[str]) -> None:
+        """Check fields that were given, though at their default; `ml_models.flags` knows which."""
+        check_needs(self, names)
 
     def _derive_sizes(self) -> None:
         if self.multi_latent_attention:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -72,20 +72,25 @@ def needs(*switches: str, **values: str | tuple[str, ...]) -> dict[str, Any]:
     return {_NEEDS: {**dict.fromkeys(switches), **values}}
 
 
-def check_needs(arch: Any) -> None:
+def check_needs(arch: Any, given: Collection[str] = ()) -> None:
     """Check that nothing is given that means nothing without what is not given.
 
+    Args:
+        arch: The model.
+        given: Fields that were given for sure; of others only the value can tell.
+
     Raises:
-        ValueError: A field is not at its default, though those it needs are.
+        ValueError: A field is given or not at its default, though those it needs are.
     """
     for field in fields(arch):
         needed, value = field.metadata.get(_NEEDS), getattr(arch, field.name)
-        if needed is None or value == field.default:
+        asked = value != field.default or (value and field.name in given)
+        if needed is None or not asked:
             continue
         if not any(_is_given(getattr(arch, name), wanted) for name, wanted in needed.items()):
             names = (flag(name, _listed(wanted, " or ")) for name, wanted in needed.items())
-            given = flag(field.name, _listed(value, ","))
-            raise ValueError(f"{given}: means nothing without {' or '.join(names)}")
+            what = flag(field.name, _listed(value, ","))
+            raise ValueError(f"{what}: means nothing without {' or '.join(names)}")
 
 
 def _is_given(value: Any, wanted: Any) -> bool:

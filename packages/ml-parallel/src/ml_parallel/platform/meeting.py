@@ -14,6 +14,8 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from ml_parallel.environment import master_port, rank_and_world_size
+
 _RETRY_S = 0.2
 
 
@@ -27,7 +29,7 @@ def join(backend: str, *, timeout: timedelta, patience: timedelta) -> None:
 
     Raises:
         ConnectionError: Rank 0 cannot be reached, or not all ranks came.
-        ValueError: A variable is missing.
+        ValueError: A variable is missing, or makes no sense.
     """
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not _value(name)]
     if missing:
@@ -35,9 +37,11 @@ def join(backend: str, *, timeout: timedelta, patience: timedelta) -> None:
             f"RANK is set, so this process is one of several, but {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not: set all that torchrun sets, or none"
         )
-    place = f"{_value('MASTER_ADDR')} port {_value('MASTER_PORT')}"
-    if _value("RANK") != "0":
-        _await_rank_0(place, patience)
+    rank, _ = rank_and_world_size()
+    address = _value("MASTER_ADDR"), master_port()
+    place = f"{address[0]} port {address[1]}"
+    if rank != 0:
+        _await_rank_0(address, place, patience)
     try:
         store, rank, world_size = next(rendezvous("env://", timeout=patience))
         store.set_timeout(timeout)
@@ -53,11 +57,10 @@ def _value(name: str) -> str:
     return os.environ.get(name, "")
 
 
-def _await_rank_0(place: str, patience: timedelta) -> None:
+def _await_rank_0(address: tuple[str, int], place: str, patience: timedelta) -> None:
     end = time.monotonic() + patience.total_seconds()
     while True:
         try:
-            address = (_value("MASTER_ADDR"), int(_value("MASTER_PORT")))
             socket.create_connection(address, timeout=max(0.1, end - time.monotonic())).close()
         except OSError as error:
             if time.monotonic() >= end:
