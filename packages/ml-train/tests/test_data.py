@@ -348,11 +348,11 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(corpus: str) -> None:
 
 
 def test_all_ranks_say_what_one_found_wrong(corpus: str, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
     cases = (
         DataConfig(data_path=(f"{corpus}x",)),
         DataConfig(data_path=(corpus,), data_cache_path=tmp_path / "file"),
     )
+    (tmp_path / "file").touch()  # since the flags were looked at
 
     def work() -> list[str]:
         messages = []

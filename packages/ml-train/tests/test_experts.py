@@ -9,7 +9,8 @@ from functools import cache
 
 import pytest
 import torch
-from test_checkpoint import assembled, every_tensor
+from checkpoint_job import every_tensor
+from test_checkpoint import assembled
 from test_checkpoint import assert_equal as assert_same
 from test_step import gradients
 from training_job import DIST, PP2, TP2, UNTIED, Job, Rank, assemble
