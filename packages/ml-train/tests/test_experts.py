@@ -280,6 +280,19 @@ def test_an_overflow_in_experts_lowers_the_loss_scale_of_all():
         assert scales == [[256.0, 256.0], [128.0, 128.0], [64.0, 64.0]]
 
 
+def first_step(job):
+    return Rank(job).step(0)
+
+
+def test_a_normed_head_with_rows_of_padding_trains_in_float16():
+    assert BAICHUAN2.vocab_size % 8  # which the table is a multiple of
+    adam = Adam(initial_loss_scale=1024.0, hysteresis=1)
+    step = run_ranks(first_step, 1, Job(arch=BAICHUAN2, dtype=torch.float16, optimizer=adam))[0]
+    expected = run_ranks(first_step, 1, Job(arch=BAICHUAN2))[0]
+    assert step.updated
+    assert step.grad_norm == pytest.approx(expected.grad_norm, rel=1e-2)
+
+
 @pytest.mark.parametrize("block", {**DENSE, **WITH_EXPERTS})
 def test_every_block_trains_in_bfloat16(block):
     arch = {**DENSE, **WITH_EXPERTS}[block]

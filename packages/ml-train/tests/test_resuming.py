@@ -6,8 +6,9 @@ import dataclasses
 import shutil
 
 import pytest
+import torch
 from checkpoint_job import edit, resumed, train, without_optimizer, write_two_checkpoints
-from training_job import UNTIED, Job
+from training_job import LAYOUTS, UNTIED, Job, Rank
 
 from ml_models.flags import UsageError
 from ml_parallel.checkpoint import TRACKER
@@ -54,6 +55,29 @@ def test_checkpoints_that_remember_less_are_read(two_checkpoints):
     remembering(root, global_batch_size=4)
     said = "the run goes on with other flags than it had: --global-batch-size was 4 and is 8"
     assert run_ranks(resumed, 1, other, CheckpointConfig(load=root))[0][::2] == (4, [said])
+
+
+# In another precision than before
+
+
+def weights_after(job, root):
+    """Return the weights of this rank after loading, whole or its part of them, as float32."""
+    from ml_train import checkpoint
+
+    rank = Rank(job)
+    checkpoint.load(root, rank.state)
+    tensors = (named for chunk in rank.state.chunks for named in chunk.tensors())
+    return {name: tensor.detach().float() for name, tensor in tensors}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_rank_goes_on_with_the_same_weights_in_another_precision(dtype, tmp_path):
+    topology = LAYOUTS["dp2 dist"][1]
+    run_ranks(train, 2, Job(topology=topology, dtype=torch.bfloat16), 2, tmp_path, None, 2)
+    first, second = run_ranks(weights_after, 2, Job(topology=topology, dtype=dtype), tmp_path)
+    assert first.keys() == second.keys()
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
 
 
 # Before anything is built

@@ -32,8 +32,10 @@ class OutputLayer(ColumnLinear):
         """Return the logits `(S, B, V/tp)`, gathered to `(S, B, V)` where asked for, and None."""
         if self.norm_head:
             # Each row is whole on its rank, so its length needs no communication. Rows of padding
-            # are zeros and stay zeros.
-            weight = torch.nn.functional.normalize(self.weight if weight is None else weight)
+            # are zeros and stay zeros, as long as what they are divided by at least is none.
+            weight = self.weight if weight is None else weight
+            least = max(1e-12, torch.finfo(weight.dtype).tiny)
+            weight = torch.nn.functional.normalize(weight, eps=least)
         logits, bias = super().forward(input_, weight, runtime_gather_output)
         if self.multiplier != 1.0:
             logits = logits * self.multiplier

@@ -123,7 +123,9 @@ def _restore_parameter(
     *,
     moments: bool,
 ) -> None:
-    key = MAIN if source.has_main and shard is not None else None
+    # Of what this rank does not update, too: its copy must be that of the ranks that do, which
+    # round the float32 weights to what this run computes in.
+    key = MAIN if source.has_main and not parameter.float32 else None
     weight = _assemble(parameter, source, state, partial(source.read, parameter, key))
     tensor.copy_(weight)
     if shard is None:
