@@ -47,3 +47,12 @@ def test_the_reference_has_second_derivatives():
     x, target = random(3, 5, dtype=torch.float64), torch.tensor([0, 4, 2])
     loss = partial(ml_kernels.cross_entropy, target=target, backend="reference")
     assert torch.autograd.gradgradcheck(loss, [x])
+
+
+def test_the_reference_takes_the_transforms_of_torch_func():
+    x, weight = random(3, 64, 512).detach(), random(512, seed=1).detach()
+    norm = partial(ml_kernels.rms_norm, weight=weight, eps=1e-5, backend="reference")
+    torch.testing.assert_close(torch.func.vmap(norm)(x), norm(x))
+    (expected,) = torch.autograd.grad(norm(x.requires_grad_()).sum(), x)
+    found = torch.func.grad(lambda x: norm(x).sum())(x.detach())
+    torch.testing.assert_close(found, expected)

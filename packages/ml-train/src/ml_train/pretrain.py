@@ -49,7 +49,7 @@ def _run(argv: Sequence[str], prog: str, stop: StopRequest) -> int:
     config = parse(PretrainConfig, argv, prog=prog, description="Pre-train a model.")
     launched = under_launcher()
     world_size = launched_world_size(config.launch) if launched else config.launch.world_size
-    config = check_world(with_vocabulary(config, _tokenizer(config)), world_size)
+    config = check_world(with_vocabulary(config, _check_data(config)), world_size)
     if launched or world_size == 1:
         return _rank(config, prog, stop)
     # Modules are found where this process finds them, and never in the current directory.
@@ -59,8 +59,8 @@ def _run(argv: Sequence[str], prog: str, stop: StopRequest) -> int:
     return launch([sys.executable, "-c", program, "pretrain", *argv], config.launch)
 
 
-def _tokenizer(config: PretrainConfig) -> TokensInfo | None:
-    """Return what made the data, having checked them where a user waits for it.
+def _check_data(config: PretrainConfig) -> TokensInfo | None:
+    """Check the data, unless the process that started this one has; return what made them.
 
     An index can be large: one process of a node reads it here, and rank 0 once it needs it.
     """
